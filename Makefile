@@ -1,0 +1,46 @@
+# Two commands matter: `make demo` (train, fine-tune, evaluate, report on this machine) and `make test`.
+#
+# PYTHON       interpreter for the environment, 3.11 or newer (default: python3.11, else python3)
+# CONSTRAINTS  pip constraints file (default: constraints.txt, the exact versions the tests ran with); empty: none,
+#              which is the way to a CUDA build of torch
+# PYTEST_ARGS  further arguments for pytest, e.g. PYTEST_ARGS="-k loader -x"
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+CONSTRAINTS ?= constraints.txt
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CODE := dino_scale kernels data_pipeline launch tests
+
+.PHONY: env lint types test test-slow demo clean
+
+env: $(STAMP)
+
+# One resolver run for everything: installed one after the other, a later package could replace torch by another build.
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "PYTHON is '$(PYTHON)': expected Python 3.11 or newer; run make env PYTHON=/path/to/python3.11"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[dev]'
+	touch $(STAMP)
+
+lint: $(STAMP)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+test: lint types
+	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(STAMP)
+	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+demo: $(STAMP)
+	$(BIN)/dino-scale demo
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

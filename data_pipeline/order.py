@@ -1,0 +1,83 @@
+"""The order of samples: a pure function of (seed, epoch, number of samples), and the endless stream made of it.
+
+Only raw Philox words are used, whose sequence numpy guarantees for ever; its shuffles may change between versions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+OrderMode = Literal["permutation", "windowed"]
+BLOCK = 64  # samples that lie side by side in a shard and stay in one window
+WINDOW = 64  # blocks that are mixed with one another
+_ORDER, _AUGMENTATION = 1, 2  # keep the streams of one seed apart
+_WORD = 2**64
+
+
+def _philox(seed: int, purpose: int, epoch: int, sample: int = 0) -> np.random.Philox:
+    if seed < 0 or epoch < 0:
+        raise ValueError(f"seed is {seed} and epoch is {epoch}: expected 0 or more")
+    return np.random.Philox(counter=[0, sample, epoch, purpose], key=[seed % _WORD, seed // _WORD % _WORD])
+
+
+def epoch_order(n: int, seed: int, epoch: int, mode: OrderMode = "permutation") -> NDArray[np.int64]:
+    """(n,) sample ids of an epoch, each once.
+
+    `windowed` moves through the shards in a window of WINDOW blocks of BLOCK neighbours: good for caches and object
+    stores. Ties between random words (probability about n^2 / 2^65) keep their order: the result is still exact.
+    """
+    words = _philox(seed, _ORDER, epoch)
+    if mode == "permutation":
+        return np.argsort(words.random_raw(n), kind="stable")
+    blocks = (n + BLOCK - 1) // BLOCK
+    place = np.empty(blocks, dtype=np.int64)
+    place[np.argsort(words.random_raw(blocks), kind="stable")] = np.arange(blocks)
+    window_of_sample = place[np.arange(n) // BLOCK] // WINDOW
+    return np.lexsort((words.random_raw(n), window_of_sample))
+
+
+class SampleStream:
+    """The epochs' orders one after another: position p is sample `p % n` of epoch `p // n`."""
+
+    def __init__(self, n: int, seed: int, mode: OrderMode = "permutation") -> None:
+        if n < 1:
+            raise ValueError(f"a stream of {n} samples: expected at least 1")
+        self.n, self.seed, self.mode = n, seed, mode
+        self._orders: dict[int, NDArray[np.int64]] = {}  # of the last two epochs asked for
+
+    def take(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """(sample id, epoch) of the positions start, start + 1, ..., stop - 1."""
+        return [(int(self._order(p // self.n)[p % self.n]), p // self.n) for p in range(start, stop)]
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if epoch not in self._orders:
+            while len(self._orders) > 1:
+                del self._orders[next(iter(self._orders))]
+            self._orders[epoch] = epoch_order(self.n, self.seed, epoch, self.mode)
+        return self._orders[epoch]
+
+
+class Draws:
+    """The random draws of one sample's augmentation: a function of (seed, epoch, sample id) alone."""
+
+    def __init__(self, seed: int, epoch: int, sample: int) -> None:
+        self._words = _philox(seed, _AUGMENTATION, epoch, sample)
+
+    def uniform(self) -> float:
+        """In [0, 1)."""
+        return float(int(self._words.random_raw()) >> 11) * 2.0**-53
+
+    def integer(self, low: int, high: int) -> int:
+        """From low to high, both included."""
+        return low + (int(self._words.random_raw()) * (high - low + 1) >> 64)
+
+    def choice(self, values: Sequence[int]) -> int:
+        return values[self.integer(0, len(values) - 1)]
+
+    def offset(self, most: int) -> int:
+        """Of a crop: from 0 to most, both included."""
+        return self.integer(0, most)

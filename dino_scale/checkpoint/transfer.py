@@ -1,0 +1,100 @@
+"""Carrying weights from one stage to the next: by parameter name, and rows that belong to classes by class name.
+
+Class names match when they are equal without regard to case, or when the alias table says that they mean the same
+(COCO "tv" is Objects365 "Monitor/TV"). Rows of classes that only the new data set has keep their initialisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dino_scale.errors import CheckpointError
+from dino_scale.structures import Category
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What was carried over. classes: (new class name, old class name or None when it starts afresh)."""
+
+    parameters: int
+    classes: tuple[tuple[str, str | None], ...]
+    reinitialised: tuple[str, ...]
+
+    def summary(self) -> str:
+        """One line for the person who watches."""
+        mapped = sum(old is not None for _, old in self.classes)
+        return (
+            f"{self.parameters} tensors carried over, class rows of {mapped} of {len(self.classes)} classes by name"
+            + (f", {len(self.reinitialised)} tensors initialised anew" if self.reinitialised else "")
+        )
+
+    def table(self) -> list[str]:
+        """One line per class."""
+        return [f"{new} <- {old}" if old is not None else f"{new} (new)" for new, old in self.classes]
+
+
+def match_classes(
+    old: Sequence[Category], new: Sequence[Category], aliases: Mapping[str, str]
+) -> list[tuple[int, int]]:
+    """(new contiguous id, old contiguous id) of every class that both have. `aliases`: name to name, either direction."""
+    known = {category.name.casefold(): index for index, category in enumerate(old)}
+    both_ways = {a.casefold(): b.casefold() for a, b in aliases.items()}
+    both_ways |= {b: a for a, b in both_ways.items() if b not in both_ways}
+    pairs = []
+    for index, category in enumerate(new):
+        name = category.name.casefold()
+        found = known.get(name, known.get(both_ways.get(name, name)))
+        if found is not None:
+            pairs.append((index, found))
+    return pairs
+
+
+@torch.no_grad()
+def carry_over(
+    state: Mapping[str, Tensor],
+    target: Mapping[str, Tensor],
+    class_tensors: Collection[str],
+    pairs: Sequence[tuple[int, int]],
+    old: Sequence[Category],
+    new: Sequence[Category],
+) -> Transfer:
+    """Copy `state` into `target` (references to the new model's tensors), class rows by `pairs`.
+
+    class_tensors: names whose first dimension counts classes (and possibly one more row for "no class", copied as it
+    is). CheckpointError when a tensor that is not about classes is missing or of another shape.
+    """
+    class_tensors = set(class_tensors)
+    copied = 0
+    for name, destination in target.items():
+        if name not in state:
+            raise CheckpointError(f"{name} is not in the weights to start from: its model differs from this one")
+        source = state[name]
+        if name in class_tensors:
+            _copy_rows(source, destination, pairs, len(old), len(new))
+        elif source.shape != destination.shape:
+            raise CheckpointError(
+                f"{name} has shape {tuple(source.shape)} in the weights to start from, {tuple(destination.shape)} here: "
+                "the two stages need the same model"
+            )
+        else:
+            destination.copy_(source)
+        copied += 1
+    by_new = dict(pairs)
+    classes = tuple(
+        (category.name, old[by_new[index]].name if index in by_new else None) for index, category in enumerate(new)
+    )
+    return Transfer(copied, classes, tuple(sorted(class_tensors)) if not pairs else ())
+
+
+def _copy_rows(
+    source: Tensor, destination: Tensor, pairs: Sequence[tuple[int, int]], old_count: int, new_count: int
+) -> None:
+    for new_index, old_index in pairs:
+        destination[new_index].copy_(source[old_index])
+    extra = destination.shape[0] - new_count
+    if extra > 0 and source.shape[0] - old_count == extra:
+        destination[new_count:].copy_(source[old_count:])

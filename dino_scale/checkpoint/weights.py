@@ -1,0 +1,96 @@
+"""A trained detector in one file: safetensors with everything needed to use it in the header.
+
+The header's "dino_scale" entry is JSON: model configuration, categories (raw id and name, in contiguous order), and how
+images are prepared. Nothing here reads a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dino_scale.config.decode import decode_text
+from dino_scale.config.schema import ModelConfig
+from dino_scale.errors import ConfigError, DataError, UserError
+from dino_scale.structures import Category
+
+FORMAT_VERSION = 1
+_HEADER = "dino_scale"
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How an image becomes the network's input. mean, std: of RGB in [0, 1]; short_side, max_size: pixels."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    short_side: int
+    max_size: int
+
+
+@dataclass(frozen=True)
+class Weights:
+    """state: parameter or buffer name to tensor, as in `Dino.state_dict()`."""
+
+    state: dict[str, Tensor]
+    model: ModelConfig
+    categories: tuple[Category, ...]
+    preparation: Preparation
+
+
+def save_weights(path: Path, weights: Weights) -> None:
+    """Write the file beside its final place, sync it, then rename it: never half there."""
+    header = {
+        "version": FORMAT_VERSION,
+        "model": json.dumps(asdict(weights.model)),
+        "categories": [asdict(category) for category in weights.categories],
+        "preparation": asdict(weights.preparation),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    state = {name: value.detach().cpu().contiguous() for name, value in weights.state.items()}
+    save_file(state, partial, metadata={_HEADER: json.dumps(header)})
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_weights(path: Path) -> Weights:
+    """Read what `save_weights` wrote. UserError when there is no such file, DataError when it is something else."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file; a finished stage leaves one at RUN/STAGE/weights.safetensors")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_HEADER)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise DataError(f"{path}: not a readable safetensors file ({error})") from None
+    if text is None:
+        raise DataError(f"{path}: a safetensors file without dino-scale's header: it was not written by dino-scale")
+    try:
+        return _decode(json.loads(text), state)
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise DataError(f"{path}: header of the wrong form ({error})") from None
+
+
+def _decode(header: dict, state: dict[str, Tensor]) -> Weights:
+    if header["version"] != FORMAT_VERSION:
+        raise ValueError(f"version {header['version']}, expected {FORMAT_VERSION}")
+    preparation = header["preparation"]
+    return Weights(
+        state=state,
+        model=decode_text(header["model"], ModelConfig, "model"),
+        categories=tuple(Category(int(entry["id"]), str(entry["name"])) for entry in header["categories"]),
+        preparation=Preparation(
+            mean=tuple(preparation["mean"]),
+            std=tuple(preparation["std"]),
+            short_side=int(preparation["short_side"]),
+            max_size=int(preparation["max_size"]),
+        ),
+    )

@@ -1,0 +1,45 @@
+"""Running a detector over a validation set, every image once, over any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from dino_scale.evaluation.detections import to_coco_detections
+from dino_scale.model.dino import Dino
+from dino_scale.model.postprocess import detect
+from dino_scale.model.preprocess import normalise
+from dino_scale.structures import Batch, Category
+from dino_scale.training import distributed
+
+
+@torch.no_grad()
+def detect_all(
+    model: Dino,
+    batches: Iterable[Batch],
+    categories: Sequence[Category],
+    *,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    detections: int,
+    precision: str,
+) -> list[dict[str, Any]]:
+    """Detections of this rank's `batches` in COCO format (raw category ids, x, y, width, height in original pixels)."""
+    device = next(model.parameters()).device
+    model.eval()
+    found: list[dict[str, Any]] = []
+    for batch in batches:
+        images, padding_mask = normalise(batch.to(device), mean, std)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            outputs = model(images, padding_mask)
+        results = detect(outputs, batch.original_sizes, detections)
+        found += to_coco_detections([result.to("cpu") for result in results], batch.image_ids, categories)
+    return found
+
+
+def gather_detections(own: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Detections of all ranks on every rank, ordered by image, so that the result does not depend on their number."""
+    everything = [item for part in distributed.gather_objects(own) for item in part]
+    return sorted(everything, key=lambda item: (item["image_id"], -item["score"]))

@@ -1,0 +1,24 @@
+"""From pixels to the network's input, on the device the batch is on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dino_scale.structures import Batch
+
+
+def normalise(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """(images, padding mask) of a batch.
+
+    images: (B, 3, H, W) float32, (pixel / 255 - mean) / std; padding is exactly 0, as if added after normalisation.
+    padding mask: (B, H, W) bool, True on padding.
+    """
+    device = batch.images.device
+    scale = 1 / (255 * torch.tensor(std, device=device)).view(1, 3, 1, 1)
+    shift = (torch.tensor(mean, device=device) / torch.tensor(std, device=device)).view(1, 3, 1, 1)
+    padding = batch.padding_mask()
+    images = (batch.images * scale - shift).masked_fill(padding[:, None], 0)
+    return images, padding

@@ -1,0 +1,94 @@
+"""The nouns that travel between data, model, loss and evaluation.
+
+Shape letters: B images in a microbatch, H x W padded height and width, T boxes of all images together,
+N detections of one image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Ground truth of a microbatch, ragged: images follow one another in `labels` and `boxes`.
+
+    labels: (T,) int64, contiguous class ids (never raw category ids).
+    boxes: (T, 4) float32, centre x, centre y, width, height, divided by the width and height of the image itself
+        (without padding).
+    counts: boxes per image, length B, summing to T; plain integers, so that shapes are known without a device sync.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    counts: tuple[int, ...]
+
+    def per_image(self) -> list[tuple[Tensor, Tensor]]:
+        """(labels, boxes) of each image, as views."""
+        sizes = list(self.counts)
+        return list(zip(self.labels.split(sizes), self.boxes.split(sizes), strict=True))
+
+    def to(self, device: torch.device | str) -> Targets:
+        return replace(
+            self, labels=self.labels.to(device, non_blocking=True), boxes=self.boxes.to(device, non_blocking=True)
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One microbatch, as the loader hands it over.
+
+    images: (B, 3, H, W) uint8 RGB, each image in the top left corner, zeros to the right and below.
+    sizes: height and width in pixels of each image inside `images`, length B.
+    original_sizes: height and width of each image on disk, before augmentation, length B.
+    sample_ids: position of each sample in the dataset's index, length B.
+    image_ids: raw image id of each sample, as in the annotation file, length B.
+    targets: ground truth; boxes of images without any are an empty slice.
+    """
+
+    images: Tensor
+    sizes: tuple[tuple[int, int], ...]
+    original_sizes: tuple[tuple[int, int], ...]
+    sample_ids: tuple[int, ...]
+    image_ids: tuple[int, ...]
+    targets: Targets
+
+    def to(self, device: torch.device | str) -> Batch:
+        return replace(self, images=self.images.to(device, non_blocking=True), targets=self.targets.to(device))
+
+    def padding_mask(self) -> Tensor:
+        """(B, H, W) bool on the images' device, True where a pixel is padding."""
+        height, width = self.images.shape[-2:]
+        device = self.images.device
+        heights = torch.tensor([h for h, _ in self.sizes], device=device)
+        widths = torch.tensor([w for _, w in self.sizes], device=device)
+        below = torch.arange(height, device=device)[None, :, None] >= heights[:, None, None]
+        right = torch.arange(width, device=device)[None, None, :] >= widths[:, None, None]
+        return below | right
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What the detector found in one image, best first.
+
+    scores: (N,) float32 in [0, 1]. labels: (N,) int64 contiguous class ids.
+    boxes: (N, 4) float32, x1, y1, x2, y2 in pixels of the original image.
+    """
+
+    scores: Tensor
+    labels: Tensor
+    boxes: Tensor
+
+    def to(self, device: torch.device | str) -> Detections:
+        return Detections(self.scores.to(device), self.labels.to(device), self.boxes.to(device))
+
+
+@dataclass(frozen=True)
+class Category:
+    """A class of a dataset: its raw id in annotation files and its name. Its contiguous id is its place in the list."""
+
+    id: int
+    name: str

@@ -1,0 +1,193 @@
+"""The training loop of one stage, told as steps: count boxes, deal gradients, update, log, save, stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dino_scale.config.schema import StageConfig
+from dino_scale.errors import NonFiniteError
+from dino_scale.structures import Batch
+from dino_scale.training import distributed
+from dino_scale.training.control import Control, MessageEvent, StepEvent
+from dino_scale.training.determinism import seed_microbatch
+from dino_scale.training.ema import WeightAverage
+from dino_scale.training.metrics import MetricsLog, Stopwatch, memory_megabytes
+from dino_scale.training.schedule import rate_factor
+from dino_scale.training.zero import StepOutcome, ZeroEngine
+
+
+@dataclass(frozen=True)
+class StageLength:
+    """How long a stage is. samples: images of the training set; steps: optimizer steps of the whole stage."""
+
+    samples: int
+    steps: int
+    global_size: int
+
+    def epoch(self, step: int) -> float:
+        return step * self.global_size / self.samples
+
+
+@dataclass
+class Progress:
+    """Where a stage stands. step: optimizer steps done, skipped ones included; skipped: those left out as not finite."""
+
+    step: int = 0
+    skipped: int = 0
+
+
+class Trainer:
+    """Drives an engine through the steps of a stage; the same on every rank."""
+
+    def __init__(
+        self,
+        name: str,
+        config: StageConfig,
+        seed: int,
+        length: StageLength,
+        engine: ZeroEngine,
+        average: WeightAverage | None,
+        log: MetricsLog,
+        control: Control,
+        save: Callable[[Progress], None],
+        evaluate: Callable[[Progress], None],
+    ) -> None:
+        """`save` and `evaluate` are called on every rank at the steps that the configuration names."""
+        self.name, self.config, self.seed, self.length = name, config, seed, length
+        self.engine, self.average, self.log, self.control = engine, average, log, control
+        self.save, self.evaluate = save, evaluate
+        self.device = distributed.device()
+        self.watch = Stopwatch()
+        self.timed_steps = 0
+        self.window: list[dict[str, Tensor]] = []
+
+    def run(self, steps: Iterable[list[Batch]], progress: Progress) -> bool:
+        """Train until `steps` ends; True when stopped early on request (a checkpoint is then written)."""
+        source = iter(steps)
+        self._restart_watch()
+        for microbatches in self._timed(source):
+            box_count, stop = self._agree(microbatches)
+            if stop:
+                self.save(progress)
+                return True
+            outcome = self._step(microbatches, box_count, progress.step)
+            progress.step += 1
+            self.timed_steps += 1
+            self._account(outcome, progress)
+            self._log_when_due(outcome, progress)
+            self._pause_when_due(progress)
+        return False
+
+    def _timed(self, source: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+        """The items of `source`; the time spent waiting for them goes to the stopwatch."""
+        while True:
+            begin = time.perf_counter()
+            item = next(source, None)
+            self.watch.add_wait(time.perf_counter() - begin)
+            if item is None:
+                return
+            yield item
+
+    def _agree(self, microbatches: list[Batch]) -> tuple[float, bool]:
+        """Boxes of the whole global batch (at least 1), and whether any rank was asked to stop: one collective."""
+        boxes = sum(sum(batch.targets.counts) for batch in microbatches)
+        shared = distributed.sum_over_ranks(torch.tensor([float(boxes), float(self.control.stop_requested())]))
+        return max(1.0, float(shared[0])), bool(shared[1] > 0)
+
+    def _step(self, microbatches: list[Batch], box_count: float, step: int) -> StepOutcome:
+        """One optimizer step. The loss of every microbatch is scaled so that DeepSpeed's means add up to a sum."""
+        self.engine.set_rate_factor(rate_factor(self.config.schedule, step, self.length.steps))
+        first = distributed.rank() * len(microbatches)
+        scale = len(microbatches) * distributed.world_size()
+        outcome = None
+        for number, batch in enumerate(microbatches, start=first):
+            generator = seed_microbatch(self.seed, step, number)
+            loss, parts = self.engine(batch.to(self.device), box_count, generator)
+            self.engine.backward(loss * scale)
+            outcome = self.engine.step()
+            self.window.append(parts)
+        assert outcome is not None, "the engine's accumulation does not match the loader's"
+        return outcome
+
+    def _account(self, outcome: StepOutcome, progress: Progress) -> None:
+        if outcome.applied:
+            if self.average is not None:
+                self.average.update()
+            return
+        progress.skipped += 1
+        self._say(f"step {progress.step}: gradient not finite, step left out ({progress.skipped} so far)")
+        if progress.skipped > self.config.non_finite_limit:
+            raise NonFiniteError(
+                f"stage {self.name}, step {progress.step}: {progress.skipped} steps had a gradient that is not finite, "
+                f"non_finite_limit is {self.config.non_finite_limit}: lower the learning rate or look at the data"
+            )
+
+    def _log_when_due(self, outcome: StepOutcome, progress: Progress) -> None:
+        last = progress.step == self.length.steps
+        if progress.step % self.config.log_every_steps and not last:
+            return
+        losses = self._window_means()
+        if distributed.rank() == 0:
+            self._write(outcome, progress, losses)
+        self._restart_watch()
+
+    def _restart_watch(self) -> None:
+        self.watch.restart()
+        self.timed_steps = 0
+
+    def _window_means(self) -> dict[str, float]:
+        """Mean over the steps since the last log of every loss part, summed over microbatches and ranks."""
+        names = sorted(self.window[0])
+        sums = torch.stack([torch.stack([parts[name].float() for name in names]) for parts in self.window]).sum(0)
+        steps = len(self.window) * distributed.world_size() * self.config.batch.microbatch / self.length.global_size
+        self.window.clear()
+        means = distributed.sum_over_ranks(sums.cpu()) / steps
+        return dict(zip(names, means.tolist(), strict=True))
+
+    def _write(self, outcome: StepOutcome, progress: Progress, losses: dict[str, float]) -> None:
+        rate = self.timed_steps * self.length.global_size / max(self.watch.seconds(), 1e-9)
+        left = (self.length.steps - progress.step) * self.length.global_size / rate
+        total = losses.pop("total")
+        line: dict[str, Any] = {
+            "step": progress.step,
+            "epoch": self.length.epoch(progress.step),
+            "samples_seen": progress.step * self.length.global_size,
+            "loss": total,
+            "losses": losses,
+            "gradient_norm": outcome.gradient_norm if outcome.applied else None,
+            "skipped_steps": progress.skipped,
+            "learning_rates": self.engine.learning_rates(),
+            "images_per_second": rate,
+            "data_wait_share": self.watch.wait_share(),
+            "memory_mb": memory_megabytes(),
+            "world_size": distributed.world_size(),
+            "time": time.time(),
+        }
+        self.log.write(line)
+        self.control.report(
+            StepEvent(self.name, progress.step, self.length.steps, line["epoch"], total, rate, left)
+        )
+
+    def _pause_when_due(self, progress: Progress) -> None:
+        """Save and evaluate at their intervals; the last step is left to the caller, who does both anyway."""
+        if progress.step >= self.length.steps:
+            return
+        if _due(progress.step, self.config.checkpoint.every_steps):
+            self.save(progress)
+        if _due(progress.step, self.config.evaluation.every_steps):
+            self.evaluate(progress)
+            self._restart_watch()
+
+    def _say(self, text: str) -> None:
+        if distributed.rank() == 0:
+            self.control.report(MessageEvent(f"{self.name}: {text}"))
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0

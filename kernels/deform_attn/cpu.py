@@ -1,0 +1,76 @@
+"""Deformable attention on the CPU: torch tensors in, numba loops, torch tensors out.
+
+The loops are serial and release the interpreter lock; threads run them on disjoint ranges of work. This follows
+torch's thread count call by call, is safe from any thread, and every result is the same for any number of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.threads import in_threads
+
+try:
+    from kernels.deform_attn import cpu_loops
+except ImportError as error:
+    raise RuntimeError(
+        f"deform_attn: impl='cpu' needs numba ({error}); pip install numba or use impl='reference'"
+    ) from error
+
+
+def forward(value: Tensor, offsets: Tensor, logits: Tensor, reference_points: Tensor, sizes: list[int]) -> Tensor:
+    """(B, Q, M * D) in the dtype of `value`; arguments as checked by the operator."""
+    batch, _, heads, channels = value.shape
+    queries = offsets.shape[1]
+    inputs = _arrays(value, offsets, logits, reference_points)
+    output = torch.empty((batch, queries, heads, channels), dtype=_compute_dtype(value))
+    run = functools.partial(cpu_loops.forward, *inputs, _levels(sizes), output.numpy())
+    in_threads(run, batch * queries)
+    return output.view(batch, queries, heads * channels).to(value.dtype)
+
+
+def backward(
+    grad: Tensor, value: Tensor, offsets: Tensor, logits: Tensor, reference_points: Tensor, sizes: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of value, offsets and logits, each in the dtype of its tensor."""
+    batch, tokens, heads, channels = value.shape
+    compute = _compute_dtype(value)
+    inputs = _arrays(value.transpose(1, 2), offsets, logits, reference_points)
+    output_gradient = _array(grad, compute).reshape(batch, -1, heads, channels)
+    # A head owns its part of the value gradient, so ranges of (image, head) never write the same cell.
+    gradients = (
+        torch.zeros((batch, heads, tokens, channels), dtype=compute),
+        torch.empty(offsets.shape, dtype=compute),
+        torch.empty(logits.shape, dtype=compute),
+    )
+    run = functools.partial(
+        cpu_loops.backward, output_gradient, *inputs, _levels(sizes), *(tensor.numpy() for tensor in gradients)
+    )
+    in_threads(run, batch * heads)
+    grad_value, grad_offsets, grad_logits = gradients
+    grad_value = grad_value.transpose(1, 2).to(value.dtype).contiguous()
+    return grad_value, grad_offsets.to(offsets.dtype), grad_logits.to(logits.dtype)
+
+
+def _compute_dtype(value: Tensor) -> torch.dtype:
+    return torch.float64 if value.dtype == torch.float64 else torch.float32
+
+
+def _array(tensor: Tensor, dtype: torch.dtype) -> Any:
+    return tensor.detach().to(dtype).contiguous().numpy()
+
+
+def _arrays(value: Tensor, offsets: Tensor, logits: Tensor, reference_points: Tensor) -> list[Any]:
+    return [_array(tensor, _compute_dtype(value)) for tensor in (value, offsets, logits, reference_points)]
+
+
+def _levels(sizes: list[int]) -> Any:
+    """(L, 3) int64: height, width, first token of every level."""
+    shapes = np.array(sizes, np.int64).reshape(-1, 2)
+    areas = shapes[:, 0] * shapes[:, 1]
+    return np.column_stack([shapes, np.cumsum(areas) - areas])

@@ -1,0 +1,255 @@
+"""What one training process does for one stage; the same function under every engine."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from data_pipeline.categories import class_aliases
+from data_pipeline.index import Index, ground_truth
+from data_pipeline.loader import evaluation_batches, microbatches_per_rank, training_microbatches
+from dino_scale.checkpoint import store
+from dino_scale.checkpoint.transfer import Transfer, carry_over, match_classes
+from dino_scale.checkpoint.weights import Preparation, Weights, load_weights, save_weights
+from dino_scale.config.schema import ChainConfig, StageConfig
+from dino_scale.errors import ConfigError
+from dino_scale.evaluation.coco import evaluate_detections
+from dino_scale.evaluation.detector import detect_all, gather_detections
+from dino_scale.evaluation.result import EvaluationResult
+from dino_scale.loss.criterion import Criterion
+from dino_scale.model.dino import Dino, build_model
+from dino_scale.structures import Batch
+from dino_scale.training import distributed
+from dino_scale.training.control import Control, EvaluationEvent, MessageEvent
+from dino_scale.training.ema import KIND as AVERAGE
+from dino_scale.training.ema import WeightAverage
+from dino_scale.training.metrics import MetricsLog
+from dino_scale.training.objective import Objective
+from dino_scale.training.optimizer import parameter_groups
+from dino_scale.training.schedule import total_steps
+from dino_scale.training.trainer import Progress, StageLength, Trainer
+from dino_scale.training.zero import ZeroEngine
+
+WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """Everything a worker needs to know to run a stage; travels between processes."""
+
+    run_dir: str
+    stage: str
+    config: ChainConfig
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """How a stage ended; the same on every rank. metrics: COCO numbers of the last evaluation, empty without one."""
+
+    step: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+def run_stage(job: StageJob, control: Control) -> StageResult:
+    """Train, evaluate and save one stage; continues from its newest checkpoint. Needs a joined process group."""
+    if job.config.launch.threads > 0:
+        torch.set_num_threads(job.config.launch.threads)
+    run = _StageRun(job, control)
+    try:
+        return run.execute()
+    finally:
+        run.engine.destroy()
+
+
+class _StageRun:
+    """The parts of a stage on this rank, and what is done with them."""
+
+    def __init__(self, job: StageJob, control: Control) -> None:
+        self.job, self.control = job, control
+        self.config: StageConfig = job.config.stages[job.stage]
+        self.folder = Path(job.run_dir) / job.stage
+        self.checkpoints = self.folder / "checkpoints"
+        self.index = Index.open(Path(self.config.data.train))
+        self.validation = Index.open(Path(self.config.data.validation)) if self.config.data.validation else None
+        self._require_same_classes()
+        batch = self.config.batch
+        self.accumulation = microbatches_per_rank(batch, distributed.world_size())
+        steps = total_steps(self.config.schedule, len(self.index), batch.global_size)
+        self.length = StageLength(len(self.index), steps, batch.global_size)
+        newest = distributed.on_rank_zero(lambda: store.find_newest(self.checkpoints, self._say))
+        self.engine = self._build_engine(self._build_model(fresh=newest is None))
+        self.average = WeightAverage(self.engine, self.config.ema_decay) if self.config.ema_decay > 0 else None
+        self.progress = Progress() if newest is None else self._continue_from(*newest)
+        self.metrics: dict[str, float] = {}
+
+    def execute(self) -> StageResult:
+        trainer = Trainer(
+            self.job.stage,
+            self.config,
+            self.job.config.seed,
+            self.length,
+            self.engine,
+            self.average,
+            MetricsLog(self.folder / "metrics.jsonl", self.progress.step, enabled=distributed.rank() == 0),
+            self.control,
+            save=self._save,
+            evaluate=self._evaluate,
+        )
+        start = self.progress.step
+        if trainer.run(self._data(), self.progress):
+            return StageResult(self.progress.step, interrupted=True)
+        if self.progress.step > start:
+            self._save(self.progress)
+        self._finish()
+        return StageResult(self.progress.step, self.metrics)
+
+    def _require_same_classes(self) -> None:
+        if self.validation is not None and self.validation.categories != self.index.categories:
+            raise ConfigError(
+                f"stages.{self.job.stage}.data: the categories of {self.config.data.validation} differ from those of "
+                f"{self.config.data.train}: pack both from annotation files with the same category list"
+            )
+
+    def _build_model(self, fresh: bool) -> Dino:
+        torch.manual_seed(self.job.config.seed)
+        start = self._start_weights() if fresh else None
+        pretrained = fresh and start is None
+        model = build_model(self.job.config.model, len(self.index.categories), pretrained=pretrained)
+        if start is not None:
+            transfer = start_from(model, start, self.index, self.config)
+            self._say(f"weights from {start}: {transfer.summary()}")
+            if distributed.rank() == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / "transfer.txt").write_text("\n".join(transfer.table()) + "\n", encoding="utf-8")
+        return model.to(distributed.device())
+
+    def _start_weights(self) -> Path | None:
+        start = self.config.start
+        if start.stage:
+            return Path(self.job.run_dir) / start.stage / WEIGHTS
+        return Path(start.weights) if start.weights else None
+
+    def _build_engine(self, model: Dino) -> ZeroEngine:
+        data, optimizer = self.config.data, self.config.optimizer
+        criterion = Criterion(self.config.loss)
+        return ZeroEngine(
+            Objective(model, criterion, precision=self.config.precision, mean=data.mean, std=data.std),
+            model,
+            parameter_groups(model, optimizer),
+            stage=self.config.zero_stage,
+            microbatch=self.config.batch.microbatch,
+            accumulation=self.accumulation,
+            clip_norm=optimizer.clip_norm,
+            betas=optimizer.betas,
+            epsilon=optimizer.epsilon,
+        )
+
+    def _continue_from(self, folder: Path, manifest: store.Manifest) -> Progress:
+        if manifest.index_digest != self.index.digest:
+            raise ConfigError(
+                f"{folder}: was trained on another packing of the data (index {manifest.index_digest[:12]}, "
+                f"{self.config.data.train} has {self.index.digest[:12]}): resume with the shards it was started with"
+            )
+        store.load(folder, manifest, self.engine)
+        self._say(f"continues from {folder.name} (written by {manifest.world_size} workers, ZeRO {manifest.zero_stage})")
+        return Progress(manifest.step, manifest.skipped_steps)
+
+    def _data(self) -> Iterator[list[Batch]]:
+        return training_microbatches(
+            self.index,
+            seed=self.job.config.seed,
+            augmentation=self.config.augmentation,
+            batch=self.config.batch,
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+            first_step=self.progress.step,
+            last_step=self.length.steps,
+            loader_workers=self.config.data.loader_workers,
+        )
+
+    def _save(self, progress: Progress) -> None:
+        position = store.Position(
+            step=progress.step,
+            skipped_steps=progress.skipped,
+            samples_seen=progress.step * self.length.global_size,
+            seed=self.job.config.seed,
+            index_digest=self.index.digest,
+        )
+        store.save(self.checkpoints, self.engine, position, self.config.checkpoint.keep_last)
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        kind = AVERAGE if self.average is not None else "fp32"
+        return self.engine.gather(kind) | self.engine.untrained()
+
+    def _evaluate(self, progress: Progress) -> None:
+        """COCO numbers of the present (averaged, if on) weights over all ranks; written by rank 0."""
+        if self.validation is None:
+            return
+        model = build_model(self.job.config.model, len(self.index.categories), pretrained=False)
+        model.load_state_dict(self._state())
+        evaluation, data = self.config.evaluation, self.config.data
+        batches = evaluation_batches(
+            self.validation,
+            short_side=evaluation.short_side,
+            max_size=evaluation.max_size,
+            microbatch=evaluation.microbatch,
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+        )
+        own = detect_all(
+            model.to(distributed.device()),
+            batches,
+            self.index.categories,
+            mean=data.mean,
+            std=data.std,
+            detections=evaluation.detections,
+            precision=self.config.precision,
+        )
+        found = gather_detections(own)
+        truth = self.validation
+        result = distributed.on_rank_zero(lambda: evaluate_detections(ground_truth(truth), found))
+        self.metrics = dict(result.metrics)
+        if distributed.rank() == 0:
+            write_evaluation(self.folder / "evaluation", progress.step, result, found)
+            self.control.report(EvaluationEvent(self.job.stage, progress.step, self.metrics))
+
+    def _finish(self) -> None:
+        """The stage's result: its last evaluation and its weights file."""
+        self._evaluate(self.progress)
+        state = self._state()
+        if distributed.rank() == 0:
+            data, evaluation = self.config.data, self.config.evaluation
+            preparation = Preparation(data.mean, data.std, evaluation.short_side, evaluation.max_size)
+            weights = Weights(state, self.job.config.model, self.index.categories, preparation)
+            save_weights(self.folder / WEIGHTS, weights)
+        distributed.barrier()
+
+    def _say(self, text: str) -> None:
+        if distributed.rank() == 0:
+            self.control.report(MessageEvent(f"{self.job.stage}: {text}"))
+
+
+def start_from(model: Dino, path: Path, index: Index, config: StageConfig) -> Transfer:
+    """Fill a new model with the weights at `path`, class rows by class name."""
+    weights = load_weights(path)
+    by_name = config.start.class_map == "name"
+    pairs = match_classes(weights.categories, index.categories, class_aliases()) if by_name else []
+    return carry_over(
+        weights.state, model.state_dict(), model.class_tensors(), pairs, weights.categories, index.categories
+    )
+
+
+def write_evaluation(folder: Path, step: int, result: EvaluationResult, found: list[dict]) -> None:
+    """evaluation/step_XXXXXXXX.json and its detections, each written beside and renamed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"step_{step:08d}"
+    for name, text in ((f"{stem}_detections.json", json.dumps(found)), (f"{stem}.json", result.to_json())):
+        partial = folder / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, folder / name)

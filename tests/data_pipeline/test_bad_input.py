@@ -1,0 +1,156 @@
+"""Every defect of an annotation file or image: one clear line, exit code 3 (2 for arguments), nothing written."""
+
+from collections.abc import Callable
+
+import pytest
+
+from data_pipeline.categories import objects365_categories
+from data_pipeline.pack import pack
+from dino_scale.errors import DataError, UserError
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+def replace_box(raw, value) -> None:
+    raw.content["annotations"][0]["bbox"] = value
+
+
+def set_image(raw, **fields) -> None:
+    raw.content["images"][1].update(fields)
+
+
+def set_annotation(raw, **fields) -> None:
+    raw.content["annotations"][2].update(fields)
+
+
+def drop(raw, key: str) -> None:
+    del raw.content[key]
+
+
+def truncate_image(raw) -> None:
+    path = raw.images / "b.jpg"
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+DEFECTS: dict[str, tuple[Callable, list[str]]] = {
+    "no images key": (lambda raw: drop(raw, "images"), ["instances.json", "'images' is missing"]),
+    "no annotations key": (lambda raw: drop(raw, "annotations"), ["'annotations' is missing"]),
+    "no categories key": (lambda raw: drop(raw, "categories"), ["'categories' is missing"]),
+    "images is text": (lambda raw: raw.content.update(images="x"), ["'images' is 'x'", "expected a list"]),
+    "an image is a number": (lambda raw: raw.content["images"].append(4), ["'images' holds 4", "expected objects"]),
+    "no image": (lambda raw: raw.content.update(images=[], annotations=[]), ["'images' is empty"]),
+    "no class": (lambda raw: raw.content.update(categories=[]), ["'categories' is empty"]),
+    "no box": (lambda raw: raw.content.update(annotations=[]), ["no usable box"]),
+    "image missing": (lambda raw: (raw.images / "b.jpg").unlink(), ["image 5 ('b.jpg') is missing in", "--images"]),
+    "image is text": (lambda raw: (raw.images / "b.jpg").write_text("hello"), ["b.jpg: image 5 is no readable image"]),
+    "image is empty": (lambda raw: (raw.images / "b.jpg").write_bytes(b""), ["b.jpg: image 5 is no readable image"]),
+    "image is cut": (truncate_image, ["b.jpg: image 5 does not decode", "truncated", "remove"]),
+    "image id twice": (lambda raw: set_image(raw, id=11), ["image id 11 occurs twice", "'a.jpg'", "'b.jpg'"]),
+    "image id is text": (lambda raw: set_image(raw, id="5"), ["id is '5'", "whole number"]),
+    "image id is missing": (lambda raw: raw.content["images"][1].pop("id"), ["image number 2 of the list", "id is missing"]),
+    "image width is zero": (lambda raw: set_image(raw, width=0), ["image 5 ('b.jpg')", "width is 0"]),
+    "image height is huge": (lambda raw: set_image(raw, height=10**12), ["height is 1000000000000"]),
+    "file name leads out": (lambda raw: set_image(raw, file_name="../b.jpg"), ["image 5", "'../b.jpg'", "no '..'"]),
+    "file name is absolute": (lambda raw: set_image(raw, file_name="/etc/passwd"), ["image 5", "'/etc/passwd'"]),
+    "file name has a backslash": (lambda raw: set_image(raw, file_name="a\\b.jpg"), ["image 5", "no backslash"]),
+    "file name is missing": (lambda raw: raw.content["images"][1].pop("file_name"), ["image 5", "file_name is missing"]),
+    "category id twice": (lambda raw: raw.content["categories"].append({"id": 3, "name": "cow"}),
+                          ["category id 3 occurs twice", "'dog'", "'cow'"]),
+    "category name twice": (lambda raw: raw.content["categories"].append({"id": 4, "name": "dog"}), ["'dog' occurs twice"]),
+    "category without name": (lambda raw: raw.content["categories"].append({"id": 4}), ["category 4", "name is missing"]),
+    "unknown category": (lambda raw: set_annotation(raw, category_id=77), ["annotation 4", "category_id is 77", "unknown"]),
+    "unknown image": (lambda raw: set_annotation(raw, image_id=77), ["annotation 4", "image_id is 77", "unknown"]),
+    "category is a fraction": (lambda raw: set_annotation(raw, category_id=3.0), ["annotation 4", "category_id is 3.0"]),
+    "category is huge": (lambda raw: set_annotation(raw, category_id=10**40), ["annotation 4", "category_id is 1000"]),
+    "crowd is text": (lambda raw: set_annotation(raw, iscrowd="yes"), ["annotation 4", "iscrowd is 'yes'", "0 or 1"]),
+    "box with NaN": (lambda raw: replace_box(raw, [1, NAN, 2, 2]), ["annotation 1 of image 11", "nan", "finite"]),
+    "box with infinity": (lambda raw: replace_box(raw, [1, 2, INFINITY, 2]), ["annotation 1 of image 11", "inf"]),
+    "box of text": (lambda raw: replace_box(raw, [1, 2, "3", 2]), ["annotation 1", "'3'", "four finite numbers"]),
+    "box of booleans": (lambda raw: replace_box(raw, [1, 2, True, 2]), ["annotation 1", "True"]),
+    "box of three": (lambda raw: replace_box(raw, [1, 2, 3]), ["annotation 1", "[1, 2, 3]"]),
+    "box is missing": (lambda raw: replace_box(raw, None), ["annotation 1", "bbox is missing"]),
+    "box with a huge number": (lambda raw: replace_box(raw, [1, 2, 10**400, 2]), ["annotation 1", "bbox is [1, 2, 1000"]),
+    "box of negative width": (lambda raw: replace_box(raw, [5, 2, -3, 2]), ["annotation 1", "-3", "0 or more"]),
+    "box to the right": (lambda raw: replace_box(raw, [20, 2, 3, 2]), ["annotation 1 of image 11", "outside", "20 x 10"]),
+    "box to the left": (lambda raw: replace_box(raw, [-4, 2, 4, 2]), ["annotation 1 of image 11", "outside"]),
+    "box below": (lambda raw: replace_box(raw, [2, 11, 4, 2]), ["annotation 1 of image 11", "outside"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_defect(raw, name: str) -> None:
+    spoil, expected = DEFECTS[name]
+    spoil(raw)
+    with pytest.raises(DataError) as caught:
+        raw.pack()
+    message = str(caught.value)
+    assert all(part in message for part in expected), message
+    assert "\n" not in message and len(message) < 500
+    assert str(raw.root) in message, "names the file"
+    assert caught.value.exit_code == 3
+    assert raw.leftovers() == []
+
+
+def test_missing_annotation_file(raw) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.json: cannot be read \(No such file"):
+        pack(raw.root / "nowhere.json", [raw.images], raw.out)
+    assert raw.leftovers() == []
+
+
+def test_annotation_file_that_is_no_json(raw) -> None:
+    raw.annotations.write_text("id,box\n1,2\n")
+    with pytest.raises(DataError, match="not valid JSON"):
+        raw.pack()
+    assert raw.leftovers() == []
+
+
+@pytest.mark.parametrize("format", ["coco", "objects365"])
+def test_a_tiny_file_that_claims_a_gigantic_image_is_not_decoded(raw, format: str) -> None:
+    bomb = bytearray((raw.images / "b.jpg").read_bytes())
+    place = bomb.index(b"\xff\xc0") + 5
+    bomb[place : place + 4] = b"\xff\xf0\xff\xf0"  # 65520 x 65520
+    (raw.images / "b.jpg").write_bytes(bomb)
+    raw.content["categories"] = objects365_rows(7, 3)
+    with pytest.raises(DataError, match="image 5 claims"):
+        raw.pack(format=format)
+    assert raw.leftovers() == []
+
+
+def objects365_rows(*ids: int) -> list[dict[str, object]]:
+    return [{"id": category.id, "name": category.name} for category in objects365_categories() if category.id in ids]
+
+
+def test_other_classes_under_the_objects365_format_are_refused(raw) -> None:
+    with pytest.raises(DataError, match=r"category 3 is 'dog', in Objects365 v2 it is .*--format coco"):
+        raw.pack(format="objects365")
+    assert raw.leftovers() == []
+
+
+def test_an_existing_target_is_refused_and_left_alone(raw) -> None:
+    raw.pack()
+    before = raw.leftovers()
+    with pytest.raises(UserError, match="exists already") as caught:
+        raw.pack()
+    assert caught.value.exit_code == 2
+    assert raw.leftovers() == before
+
+
+def test_bad_arguments(raw) -> None:
+    raw.write()
+    with pytest.raises(UserError, match="no image folder"):
+        pack(raw.annotations, [], raw.out)
+    with pytest.raises(UserError, match="nowhere: is no folder"):
+        pack(raw.annotations, [raw.root / "nowhere"], raw.out)
+    with pytest.raises(UserError, match="samples per shard is 0"):
+        pack(raw.annotations, [raw.images], raw.out, samples_per_shard=0)
+    assert raw.leftovers() == []
+
+
+def test_an_interrupt_while_writing_leaves_nothing(raw) -> None:
+    def interrupt(done: int, total: int) -> None:
+        assert raw.leftovers(), "writing has begun"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        raw.pack(progress=interrupt)
+    assert raw.leftovers() == []

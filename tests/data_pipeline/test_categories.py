@@ -1,0 +1,30 @@
+from data_pipeline.categories import (
+    class_aliases,
+    coco_categories,
+    objects365_categories,
+    objects365_misspelt,
+    objects365_name_of,
+)
+
+
+def test_tables_have_the_published_size_and_ids() -> None:
+    coco, objects = coco_categories(), objects365_categories()
+    assert len(coco) == 80
+    assert {category.id for category in coco} == set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+    assert [category.id for category in objects] == list(range(1, 366))
+    assert len({category.name for category in objects}) == 365
+
+
+def test_every_coco_class_has_a_counterpart_in_objects365() -> None:
+    names = {category.name for category in objects365_categories()}
+    aliases = class_aliases()
+    assert [coco for coco, _ in aliases] == [category.name for category in coco_categories()]
+    assert all(counterpart in names for _, counterpart in aliases)
+
+
+def test_spellings() -> None:
+    assert objects365_name_of("tv") == "Monitor/TV"
+    assert objects365_name_of("dining table") == "Dining Table"
+    assert objects365_name_of("unicorn") is None
+    assert objects365_misspelt()["Moniter/TV"] == "Monitor/TV"
+    assert objects365_misspelt()["Formula 1 "] == "Formula 1"

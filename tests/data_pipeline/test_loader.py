@@ -1,0 +1,232 @@
+"""What a step trains on does not depend on how many workers share it, nor on where a run was stopped."""
+
+import hashlib
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.collate import Sample, collate
+from data_pipeline.index import Index
+from data_pipeline.loader import deal, evaluation_batches, training_microbatches
+from data_pipeline.order import SampleStream, epoch_order
+from data_pipeline.reader import read_image
+from data_pipeline.transforms import resize_for_evaluation
+from dino_scale.config.schema import AugmentationConfig, BatchConfig
+from dino_scale.errors import ConfigError, DataError, WorkerLostError
+from dino_scale.structures import Batch
+
+AUGMENTATION = AugmentationConfig(
+    scales=(64, 80, 96), max_size=128, crop_resize=(72, 88), crop_min=48, crop_max=72
+)  # fmt: skip
+SEED = 11
+
+
+def steps_of_rank(index: Index, batch: BatchConfig, rank: int, world: int, first: int, last: int, workers: int = 0):
+    return training_microbatches(
+        index,
+        seed=SEED,
+        augmentation=AUGMENTATION,
+        batch=batch,
+        rank=rank,
+        world=world,
+        first_step=first,
+        last_step=last,
+        loader_workers=workers,
+    )
+
+
+def fingerprints(batch: Batch) -> list[tuple[int, str]]:
+    """(sample id, digest of its pixels, labels and boxes) of every image, independent of the padding."""
+    found = []
+    for row, (labels, boxes) in enumerate(batch.targets.per_image()):
+        height, width = batch.sizes[row]
+        digest = hashlib.sha256()
+        for part in (batch.images[row, :, :height, :width].contiguous(), labels.contiguous(), boxes.contiguous()):
+            digest.update(part.numpy().tobytes())
+        found.append((batch.sample_ids[row], digest.hexdigest()))
+    return found
+
+
+def run(index: Index, batch: BatchConfig, world: int, first: int, last: int, workers: int = 0) -> list[list]:
+    """Fingerprints of every global step, ranks put together in order."""
+    ranks = [steps_of_rank(index, batch, rank, world, first, last, workers) for rank in range(world)]
+    return [
+        [print_ for rank in ranks for microbatch in next(rank) for print_ in fingerprints(microbatch)]
+        for _ in range(first, last)
+    ]
+
+
+@pytest.fixture(scope="module")
+def reference(packed_scenes: Path) -> list[list]:
+    """Ten steps of 16 on one worker: more than two epochs of 61 samples."""
+    return run(Index.open(packed_scenes), BatchConfig(16, 4), 1, 0, 10)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.sampled_from([(1, 4), (1, 16), (2, 4), (2, 8), (4, 2), (4, 4), (8, 2), (16, 1), (2, 1)]),
+    again=st.sampled_from([(1, 2), (2, 2), (4, 1), (8, 1)]),
+    stop=st.integers(0, 10),
+)
+def test_any_topology_and_any_stop_give_the_same_steps(packed_scenes, reference, sizes, again, stop) -> None:
+    index = Index.open(packed_scenes)
+    before = run(index, BatchConfig(16, sizes[1]), sizes[0], 0, stop)
+    after = run(index, BatchConfig(16, again[1]), again[0], stop, 10)
+    assert before + after == reference
+
+
+@pytest.mark.parametrize(("world", "microbatch", "first"), [(1, 4, 0), (2, 4, 3), (2, 2, 7)])
+def test_loader_processes_change_nothing(packed_scenes, reference, world: int, microbatch: int, first: int) -> None:
+    assert run(Index.open(packed_scenes), BatchConfig(16, microbatch), world, first, 10, workers=2) == reference[first:]
+
+
+def test_every_sample_once_per_epoch_with_fresh_augmentation(reference: list[list]) -> None:
+    stream = [pair for step in reference for pair in step]
+    for epoch in range(2):
+        ids = [sample for sample, _ in stream[61 * epoch : 61 * (epoch + 1)]]
+        assert sorted(ids) == list(range(61)) and ids == epoch_order(61, SEED, epoch).tolist()
+    first, second = dict(stream[:61]), dict(stream[61:122])
+    assert sum(first[sample] == second[sample] for sample in range(61)) < 6
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    n=st.integers(1, 300),
+    world=st.integers(1, 6),
+    microbatch=st.integers(1, 4),
+    accumulation=st.integers(1, 4),
+    step=st.integers(0, 40),
+)
+def test_dealing_follows_the_contract(n: int, world: int, microbatch: int, accumulation: int, step: int) -> None:
+    size = world * microbatch * accumulation
+    stream = SampleStream(n, 3)
+    slices = [stream.take(step * size + j, step * size + j + microbatch) for j in range(0, size, microbatch)]
+    for rank in range(world):
+        mine = deal(stream, BatchConfig(size, microbatch), rank, world, step)
+        assert mine == slices[rank * accumulation : (rank + 1) * accumulation]
+
+
+def test_a_global_batch_that_does_not_divide(scenes: Index) -> None:
+    with pytest.raises(ConfigError, match="batch.global_size is 16: expected a multiple of .* 2 x 3 = 6"):
+        next(steps_of_rank(scenes, BatchConfig(16, 2), 0, 3, 0, 1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_reading_leaves_the_random_state_of_training_alone(scenes: Index, workers: int) -> None:
+    torch.manual_seed(5)
+    np.random.seed(5)
+    expected = torch.rand(3), np.random.random(3)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    assert len(list(steps_of_rank(scenes, BatchConfig(16, 4), 0, 2, 0, 2, workers))) == 2
+    assert torch.equal(torch.rand(3), expected[0]) and np.array_equal(np.random.random(3), expected[1])
+
+
+def test_batches_are_what_the_contract_says(scenes: Index) -> None:
+    [microbatches] = list(steps_of_rank(scenes, BatchConfig(61, 61), 0, 1, 0, 1))
+    [batch] = microbatches
+    assert batch.images.dtype == torch.uint8 and batch.images.shape[:2] == (61, 3)
+    assert batch.images.shape[2] == max(h for h, _ in batch.sizes)
+    assert batch.images.shape[3] == max(w for _, w in batch.sizes)
+    assert batch.images.masked_select(batch.padding_mask()[:, None]).sum() == 0
+    assert batch.targets.labels.dtype == torch.int64 and batch.targets.boxes.dtype == torch.float32
+    assert sum(batch.targets.counts) == len(batch.targets.labels) == len(batch.targets.boxes)
+    assert 0 in batch.targets.counts, "images without boxes are kept"
+    low = batch.targets.boxes[:, :2] - batch.targets.boxes[:, 2:] / 2
+    high = batch.targets.boxes[:, :2] + batch.targets.boxes[:, 2:] / 2
+    assert low.min() >= -1e-6 and high.max() <= 1 + 1e-6
+    for row, sample in enumerate(batch.sample_ids):
+        assert batch.image_ids[row] == scenes.image_id(sample)
+        assert batch.original_sizes[row] == scenes.size(sample)
+        truth = scenes.boxes(sample)
+        assert batch.targets.counts[row] <= (~truth.crowd).sum(), "crowd boxes are no targets"
+
+
+def test_a_crowd_box_is_no_target_but_stays_in_the_index(scenes: Index) -> None:
+    plain = AugmentationConfig(scales=(96,), max_size=200, flip=0, crop=0)
+    [[batch]] = list(
+        training_microbatches(
+            scenes, seed=0, augmentation=plain, batch=BatchConfig(61, 61), rank=0, world=1,
+            first_step=0, last_step=1, loader_workers=0,
+        )
+    )  # fmt: skip
+    crowds = 0
+    for row, (labels, boxes) in enumerate(batch.targets.per_image()):
+        truth = scenes.boxes(batch.sample_ids[row])
+        assert labels.tolist() == truth.labels[~truth.crowd].tolist()
+        height, width = batch.original_sizes[row]
+        corner = (boxes[:, :2] - boxes[:, 2:] / 2) * torch.tensor([width, height])
+        np.testing.assert_allclose(corner, truth.boxes[~truth.crowd][:, :2], atol=1e-4)
+        crowds += int(truth.crowd.sum())
+    assert crowds > 0
+
+
+@pytest.mark.parametrize(("world", "microbatch", "workers"), [(1, 1, 0), (3, 4, 0), (2, 5, 2), (70, 2, 0)])
+def test_evaluation_shows_every_image_once(scenes: Index, world: int, microbatch: int, workers: int) -> None:
+    seen = []
+    for rank in range(world):
+        for batch in evaluation_batches(
+            scenes, short_side=80, max_size=120, microbatch=microbatch, rank=rank, world=world, loader_workers=workers
+        ):
+            assert len(batch.sizes) <= microbatch
+            assert all(sample % world == rank for sample in batch.sample_ids)
+            seen += batch.image_ids
+    assert sorted(seen) == sorted(scenes.columns["image_ids"].tolist())
+
+
+def test_evaluation_images_are_resized_and_nothing_else(scenes: Index) -> None:
+    batches = evaluation_batches(scenes, short_side=80, max_size=120, microbatch=1, rank=0, world=20)
+    for batch in batches:
+        [image_id] = batch.image_ids
+        assert torch.equal(batch.images[0], resize_for_evaluation(read_image(scenes, image_id), 80, 120))
+
+
+def test_collate_pads_right_and_below() -> None:
+    def sample(height: int, width: int, boxes: int) -> Sample:
+        image = torch.full((3, height, width), 9, dtype=torch.uint8)
+        corners = np.tile([0.0, 0.0, width / 2, height], (boxes, 1))
+        return Sample(image, corners, np.zeros(boxes, dtype=np.int32), (1, 2), 0, 0)
+
+    batch = collate([sample(4, 6, 0), sample(5, 3, 2)])
+    assert batch.images.shape == (2, 3, 5, 6)
+    assert int((batch.images == 9).sum()) == 3 * (24 + 15) and int((batch.images == 0).sum()) == 3 * (6 + 15)
+    assert batch.targets.counts == (0, 2)
+    assert batch.targets.boxes.tolist() == [[0.25, 0.5, 0.5, 1.0]] * 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_sample_stops_training_with_one_line(packed_scenes: Path, tmp_path: Path, workers: int) -> None:
+    shutil.copytree(packed_scenes, tmp_path / "copy")
+    index = Index.open(tmp_path / "copy")
+    bad = int(epoch_order(61, SEED, 0)[20])
+    shard = tmp_path / "copy" / index.shard_names[int(index.columns["shards"][bad])]
+    data = bytearray(shard.read_bytes())
+    data[int(index.columns["image_offsets"][bad]) + 500] ^= 0xFF
+    shard.write_bytes(data)
+    steps = steps_of_rank(index, BatchConfig(16, 4), 0, 1, 0, 4, workers)
+    assert len(next(steps)) == 4
+    with pytest.raises(DataError) as caught:
+        next(steps)
+    assert str(caught.value).startswith(f"{shard}: member {index.key(bad)}.jpg does not match its checksum")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_killed_loader_process_is_reported(scenes: Index) -> None:
+    import multiprocessing
+
+    before = {process.pid for process in multiprocessing.active_children()}
+    steps = steps_of_rank(scenes, BatchConfig(16, 4), 0, 1, 0, 1000, 2)
+    next(steps)
+    workers = [process for process in multiprocessing.active_children() if process.pid not in before]
+    assert len(workers) == 2 and workers[0].pid
+    os.kill(workers[0].pid, signal.SIGKILL)
+    with pytest.raises(WorkerLostError, match="a loader process died"):
+        for _ in steps:
+            pass

@@ -1,0 +1,185 @@
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.index import Index, ground_truth
+from data_pipeline.pack import pack
+from data_pipeline.reader import read_image
+from data_pipeline.synthetic import Split
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_packing_twice_gives_the_same_bytes(raw_scenes: dict[str, Split], packed_scenes: Path, tmp_path: Path) -> None:
+    split = raw_scenes["train"]
+    pack(split.annotations, [split.images], tmp_path / "again", "coco", samples_per_shard=16)
+    assert digests(tmp_path / "again") == digests(packed_scenes)
+    pack(split.annotations, [split.images], tmp_path / "other", "coco", samples_per_shard=16, seed=1)
+    assert digests(tmp_path / "other").keys() == digests(packed_scenes).keys()
+    assert Index.open(tmp_path / "other").digest != Index.open(packed_scenes).digest
+
+
+def test_shards_are_ordinary_tar_files_of_adjacent_pairs(scenes: Index) -> None:
+    keys = []
+    for name in scenes.shard_names:
+        with tarfile.open(scenes.folder / name) as shard:
+            members = shard.getmembers()
+        assert 0 < len(members) <= 32 and all(member.mtime == 0 for member in members)
+        for image, text in zip(members[::2], members[1::2], strict=True):
+            assert image.name.removesuffix(".jpg") == text.name.removesuffix(".json")
+            keys.append(text.name.removesuffix(".json"))
+    assert keys == [scenes.key(sample) for sample in range(len(scenes))]
+    assert len(scenes.shard_names) == 4 and len(set(keys)) == 61
+
+
+def test_plain_webdataset_reads_the_shards(scenes: Index) -> None:
+    reading = (
+        "import sys, webdataset as wds\n"
+        "for sample in wds.WebDataset(sys.argv[1:], shardshuffle=False).decode('rgb8').to_tuple('__key__', 'jpg', 'json'):\n"
+        "    key, image, text = sample\n"
+        "    print(key, *image.shape, text['image_id'], len(text['boxes']))\n"
+    )
+    shards = [str(scenes.folder / name) for name in scenes.shard_names]
+    environment = {key: value for key, value in os.environ.items() if key != "WDS_SECURE"}  # it forbids local files
+    command = [sys.executable, "-c", reading, *shards]
+    output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    expected = [
+        f"{scenes.key(sample)} {scenes.size(sample)[0]} {scenes.size(sample)[1]} 3 "
+        f"{scenes.image_id(sample)} {len(scenes.boxes(sample).labels)}"
+        for sample in range(len(scenes))
+    ]
+    assert output.splitlines() == expected
+
+
+def test_the_json_member_holds_the_annotations_with_raw_ids(raw) -> None:
+    index = raw.pack()
+    with tarfile.open(index.folder / "shard-00000.tar") as shard:
+        file = shard.extractfile("000000000011.json")
+        assert file is not None
+        content = json.load(file)
+    assert content == {
+        "image_id": 11,
+        "file_name": "a.jpg",
+        "width": 20,
+        "height": 10,
+        "annotation_ids": [1, 4],
+        "category_ids": [7, 3],
+        "boxes": [[1, 2, 5, 4], [3, 3, 2, 2]],
+        "areas": [12.5, 4],
+        "iscrowd": [0, 0],
+        "isfake": [0, 0],
+        "isreflected": [0, 0],
+    }
+
+
+def test_samples_are_shuffled_over_the_whole_dataset(scenes: Index) -> None:
+    ids = [scenes.image_id(sample) for sample in range(len(scenes))]
+    assert ids != sorted(ids)
+    assert np.abs(np.corrcoef(ids, np.arange(len(ids)))[0, 1]) < 0.4
+
+
+def repairs_of(index: Index) -> dict[str, dict]:
+    return json.loads((index.folder / "report.json").read_text())["repairs"]
+
+
+def test_repairs_of_boxes_are_counted_and_listed(raw) -> None:
+    raw.content["annotations"][0].update(bbox=[-1, 2, 5, 20], area=100)
+    raw.content["annotations"][2].update(bbox=[3, 3, 0, 2])
+    raw.content["annotations"].append({"id": 9, "image_id": 5, "category_id": 3, "bbox": [1, 1, 4, 2]})
+    index = raw.pack()
+    repairs = repairs_of(index)
+    assert {kind: repair["count"] for kind, repair in repairs.items()} == {
+        "boxes_clipped": 1,
+        "boxes_without_size_dropped": 1,
+        "areas_from_boxes": 1,
+    }
+    assert repairs["boxes_clipped"]["first"] == ["annotation 1: bbox [-1.0, 2.0, 5.0, 20.0]"]
+    rows = {row["id"]: row for row in ground_truth(index)["annotations"]}
+    assert sorted(rows) == [1, 2, 9]
+    assert (rows[1]["bbox"], rows[1]["area"]) == ([0, 2, 4, 8], 32)
+    assert rows[9]["area"] == 8
+
+
+def test_a_wrong_size_is_taken_from_the_file(raw) -> None:
+    raw.content["images"][0].update(width=10, height=20)
+    index = raw.pack()
+    assert repairs_of(index)["sizes_from_file"]["first"] == ["a.jpg: 10 x 20 stated, 20 x 10 found"]
+    assert index.size(index.sample_of(11)) == (10, 20)
+
+
+def test_annotation_ids_that_evaluation_cannot_use_are_renumbered(raw) -> None:
+    raw.content["annotations"][0]["id"] = 4
+    index = raw.pack()
+    assert repairs_of(index)["annotation_ids_renumbered"]["count"] == 1
+    assert sorted(row["id"] for row in ground_truth(index)["annotations"]) == [1, 2, 3]
+
+
+def test_images_that_are_no_plain_jpeg_are_encoded_anew(raw) -> None:
+    pixels = np.zeros((10, 20, 3), dtype=np.uint8)
+    pixels[:, :10] = (200, 40, 90)
+    Image.fromarray(pixels).save(raw.images / "a.jpg", "PNG")
+    Image.fromarray(pixels).convert("CMYK").save(raw.images / "b.jpg", "JPEG", quality=98)
+    kept = (raw.images / "c.jpg").read_bytes()
+    index = raw.pack()
+    assert sorted(repairs_of(index)["images_reencoded_as_jpeg"]["first"]) == ["a.jpg", "b.jpg"]
+    for image_id in (11, 5):
+        assert np.abs(read_image(index, image_id).astype(int) - pixels).mean() < 4
+    with tarfile.open(index.folder / "shard-00000.tar") as shard:
+        members = {member.name: shard.extractfile(member).read() for member in shard}  # type: ignore[union-attr]
+    assert members["000000000009.jpg"] == kept
+    with Image.open(io.BytesIO(members["000000000005.jpg"])) as image:
+        assert (image.format, image.mode) == ("JPEG", "RGB")
+
+
+def test_header_verification_trusts_the_rest_of_a_jpeg(raw) -> None:
+    path = raw.images / "b.jpg"
+    path.write_bytes(path.read_bytes()[:-200])
+    assert len(raw.pack(verify="header")) == 3
+
+
+@pytest.mark.parametrize("layout", ["images/v1/patch8/x.jpg", "patch8/x.jpg", "x.jpg"])
+def test_objects365_folder_layouts_and_names(raw, layout: str) -> None:
+    raw.content["categories"] = [{"id": 3, "name": "Chair"}, {"id": 38, "name": "Moniter/TV"}]
+    raw.content["images"][0]["file_name"] = "images/v1/patch8/x.jpg"
+    for row, category in zip(raw.content["annotations"], (38, 3, 3), strict=True):
+        row["category_id"] = category
+    raw.content["annotations"][1].update(isfake=1, isreflected=1)
+    target = raw.images / layout
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (raw.images / "a.jpg").rename(target)
+    index = raw.pack(format="objects365")
+    assert [(category.id, category.name) for category in index.categories] == [(3, "Chair"), (38, "Monitor/TV")]
+    assert repairs_of(index)["category_names_corrected"]["count"] == 1
+    sample = index.sample_of(9)
+    assert index.columns["flags"][index.columns["box_offsets"][sample]] == 0b111
+
+
+def test_images_are_sought_in_every_folder_and_odd_paths_work(raw) -> None:
+    other = raw.root / "50% more:images"
+    other.mkdir()
+    (raw.images / "b.jpg").rename(other / "b.jpg")
+    raw.write()
+    report = pack(raw.annotations, [raw.images, other], raw.root / "100%d:out", samples_per_shard=2)
+    assert (report.samples, report.boxes, report.shards, report.repairs) == (3, 3, 2, {})
+    assert Index.open(report.out).digest == report.digest
+
+
+def test_progress_counts_to_the_end(raw) -> None:
+    calls: list[tuple[int, int]] = []
+    raw.pack(progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(1, 3), (2, 3), (3, 3)]
