@@ -42,7 +42,7 @@ def read_header(data: bytes) -> ImageHeader:
 def _jpeg_header(data: bytes) -> tuple[int, int, bool] | None:
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except ValueError:
+    except (ValueError, KeyError):  # KeyError: a chroma subsampling that it does not know
         return None  # not a JPEG that libjpeg-turbo can open; Pillow decides
     return width, height, colours in ("Gray", "YCbCr", "RGB")
 

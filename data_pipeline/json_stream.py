@@ -13,6 +13,7 @@ from dino_scale.errors import DataError
 CHUNK = 1 << 20  # characters read at a time
 LONGEST_ELEMENT = 64 << 20  # characters; a longer one is broken or hostile
 _SPACE = re.compile(r"[ \t\n\r]*")
+_MAY_GO_ON = ("", ".", "e", "E")  # what may follow the digits of a number whose rest is in the next chunk
 _DECODER = json.JSONDecoder()
 
 
@@ -97,7 +98,8 @@ class _Stream:
                 if self.complete or isinstance(error, RecursionError):
                     raise self._error(str(error).partition(":")[0]) from None
             else:
-                if end < len(self.text) or self.complete:  # at the edge a number might go on in the next chunk
+                cut = self.text[end : end + 1] in _MAY_GO_ON  # at the edge, or within 1.5 or 1e5
+                if not cut or self.complete:
                     self.position = end
                     return value
             self._grow()

@@ -172,15 +172,24 @@ def _load(
             item = next(items)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, EOFError, OSError) as error:
+            if not loader_workers or not _tells_of_a_dead_process(error):
                 raise
             raise WorkerLostError(
-                f"a loader process died ({error}): too little memory? lower data.loader_workers"
+                f"a loader process died ({' '.join(str(error).split()) or type(error).__name__}): "
+                "if memory was short, lower data.loader_workers"
             ) from None
         if isinstance(item, DataError):
             raise item
         yield item
+
+
+def _tells_of_a_dead_process(error: Exception) -> bool:
+    """DataLoader says so itself where it waited for the process; where it was fetching a tensor from it, the
+    connection breaks. An error that was raised inside the process says "Caught"."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker")
+    return isinstance(error, EOFError | ConnectionError | FileNotFoundError) and not str(error).startswith("Caught")
 
 
 def _loader(

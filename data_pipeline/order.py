@@ -21,7 +21,8 @@ _WORD = 2**64
 def _philox(seed: int, purpose: int, epoch: int, sample: int = 0) -> np.random.Philox:
     if seed < 0 or epoch < 0:
         raise ValueError(f"seed is {seed} and epoch is {epoch}: expected 0 or more")
-    return np.random.Philox(counter=[0, sample, epoch, purpose], key=[seed % _WORD, seed // _WORD % _WORD])
+    counter = np.array([0, sample, epoch, purpose], dtype=np.uint64)
+    return np.random.Philox(counter=counter, key=np.array([seed % _WORD, seed // _WORD % _WORD], dtype=np.uint64))
 
 
 def epoch_order(n: int, seed: int, epoch: int, mode: OrderMode = "permutation") -> NDArray[np.int64]:

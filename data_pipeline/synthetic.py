@@ -206,7 +206,8 @@ def render(
     domain: Domain, seed: int, index: int, preset: Preset = "easy"
 ) -> tuple[NDArray[np.uint8], list[SyntheticBox]]:
     """Image number `index`: (H, W, 3) uint8 with sides of 72 to 128 px, and its boxes. A pure function."""
-    rng = np.random.Generator(np.random.Philox(key=[seed, 2 * index + (domain == "scenes")]))
+    key = np.array([seed, 2 * index + (domain == "scenes")], dtype=np.uint64)
+    rng = np.random.Generator(np.random.Philox(key=key))
     style, classes = STYLES[domain, preset], looks(domain, preset)
     canvas = _Canvas(_background(domain, style, rng).copy())
     boxes: list[SyntheticBox] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ def in_threads(run: Callable[[int, int], None], items: int) -> None:
         return
     bounds = [items * index // threads for index in range(threads + 1)]
     pool = _pool(os.getpid(), threads - 1)
-    others = [pool.submit(run, start, stop) for start, stop in zip(bounds[1:-1], bounds[2:], strict=True)]
+    others = [pool.submit(run, start, stop) for start, stop in itertools.pairwise(bounds[1:])]
     try:
         run(bounds[0], bounds[1])
     finally:

@@ -157,7 +157,9 @@ class _StageRun:
                 f"{self.config.data.train} has {self.index.digest[:12]}): resume with the shards it was started with"
             )
         store.load(folder, manifest, self.engine)
-        self._say(f"continues from {folder.name} (written by {manifest.world_size} workers, ZeRO {manifest.zero_stage})")
+        self._say(
+            f"continues from {folder.name} (written by {manifest.world_size} workers, ZeRO {manifest.zero_stage})"
+        )
         return Progress(manifest.step, manifest.skipped_steps)
 
     def _data(self) -> Iterator[list[Batch]]:

@@ -1,4 +1,4 @@
-"""The table of contents of a checkpoint: manifest.json, which names every file, its digest and every tensor's pieces."""
+"""The table of contents of a checkpoint: manifest.json names every file, its digest and every tensor's pieces."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements [start, start + numel) of a flattened parameter lie in `file`, one tensor per kind (see `tensor_key`)."""
+    """Elements [start, start + numel) of a flattened parameter lie in `file`, one tensor per kind (`tensor_key`)."""
 
     file: str
     start: int

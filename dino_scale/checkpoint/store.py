@@ -42,7 +42,7 @@ class Position:
 
 
 def save(root: Path, engine: ZeroEngine, position: Position, keep_last: int) -> Path:
-    """Write the engine's state as `root`/step_XXXXXXXX; call on every rank. Older ones beyond `keep_last` are deleted."""
+    """Write the engine's state as `root`/step_XXXXXXXX; call on every rank. Only the newest `keep_last` are kept."""
     final = root / f"{_PREFIX}{position.step:08d}"
     partial = root / f".{final.name}.partial"
     if distributed.rank() == 0:
@@ -76,8 +76,8 @@ def _write_own_files(folder: Path, engine: ZeroEngine) -> tuple[dict[str, FileEn
     if distributed.rank() == 0:
         contents[COMMON] = untrained
     entries = {}
-    for file, values in contents.items():
-        save_file(values, folder / file)
+    for file, content in contents.items():
+        save_file(content, folder / file)
         _sync(folder / file)
         entries[file] = digest_file(folder / file)
     return entries, pieces

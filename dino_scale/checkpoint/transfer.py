@@ -6,7 +6,7 @@ Class names match when they are equal without regard to case, or when the alias 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,18 +38,23 @@ class Transfer:
 
 
 def match_classes(
-    old: Sequence[Category], new: Sequence[Category], aliases: Mapping[str, str]
+    old: Sequence[Category], new: Sequence[Category], aliases: Iterable[tuple[str, str]]
 ) -> list[tuple[int, int]]:
-    """(new contiguous id, old contiguous id) of every class that both have. `aliases`: name to name, either direction."""
+    """(new contiguous id, old contiguous id) of every class that both have.
+
+    `aliases`: pairs of names with the same meaning; a class of an equal name is preferred to one of an alias.
+    """
     known = {category.name.casefold(): index for index, category in enumerate(old)}
-    both_ways = {a.casefold(): b.casefold() for a, b in aliases.items()}
-    both_ways |= {b: a for a, b in both_ways.items() if b not in both_ways}
+    other_names: dict[str, list[str]] = {}
+    for one, another in aliases:
+        other_names.setdefault(one.casefold(), []).append(another.casefold())
+        other_names.setdefault(another.casefold(), []).append(one.casefold())
     pairs = []
     for index, category in enumerate(new):
         name = category.name.casefold()
-        found = known.get(name, known.get(both_ways.get(name, name)))
-        if found is not None:
-            pairs.append((index, found))
+        found = [known[candidate] for candidate in (name, *other_names.get(name, [])) if candidate in known]
+        if found:
+            pairs.append((index, found[0]))
     return pairs
 
 
@@ -77,8 +82,8 @@ def carry_over(
             _copy_rows(source, destination, pairs, len(old), len(new))
         elif source.shape != destination.shape:
             raise CheckpointError(
-                f"{name} has shape {tuple(source.shape)} in the weights to start from, {tuple(destination.shape)} here: "
-                "the two stages need the same model"
+                f"{name} has shape {tuple(source.shape)} in the weights to start from, but {tuple(destination.shape)} "
+                "here: the two stages need the same model"
             )
         else:
             destination.copy_(source)

@@ -17,7 +17,7 @@ Point = tuple[float, float]
 SERIES_COLOURS = 8  # --c0 .. --c7 of the page's style sheet
 _MOST_POINTS = 300  # per line; more cannot be told apart at this width
 _WIDTH, _HEIGHT = 400, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 18, 10, 42
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 18, 10, 42
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from dino_scale.evaluation.report_stage import (
     stage_section,
 )
 from dino_scale.evaluation.result import METRIC_NAMES, UNDEFINED
-from dino_scale.evaluation.run_folder import RunRecord, StageRecord, read_run
+from dino_scale.evaluation.run_record import RunRecord, StageRecord, read_run
 from dino_scale.evaluation.style import STYLE
 
 _ALL_PICTURES = 24  # of all stages together; with two panels of about 30 kB each the page stays below 3 MB

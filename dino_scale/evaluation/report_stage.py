@@ -10,7 +10,7 @@ from dino_scale.config.schema import StageConfig
 from dino_scale.evaluation.charts import SERIES_COLOURS, Point, Series, line_chart, number, smoothed
 from dino_scale.evaluation.pictures import ImageOf, gallery, picture_legend
 from dino_scale.evaluation.result import UNDEFINED, ClassResult, EvaluationResult
-from dino_scale.evaluation.run_folder import StageRecord
+from dino_scale.evaluation.run_record import StageRecord
 
 _OPEN_CLASSES = 30  # rows of the class table that are shown without unfolding
 _MOST_CONFUSIONS = 12
@@ -61,7 +61,9 @@ def stage_facts(stage: StageRecord) -> list[str]:
     last = stage.log[-1] if stage.log else {}
     step = stage.state.get("step", last.get("step"))
     if isinstance(step, int):
-        facts.append(f"{step} steps" + (f", {last['epoch']:.1f} epochs" if "epoch" in last else ""))
+        facts.append(
+            f"{step} step{'' if step == 1 else 's'}" + (f", {last['epoch']:.1f} epochs" if "epoch" in last else "")
+        )
     seconds = stage.state.get("seconds")
     if isinstance(seconds, int | float):
         facts.append(duration(float(seconds)))
@@ -151,7 +153,8 @@ def _kind_chart(stage: StageRecord, names: Sequence[str]) -> str:
         family = _source(name).rstrip("0123456789")
         points = smoothed(stage.curve(name, "losses"))
         series.append(Series(_source(name), points, colours[family], faint=name != last_of_family[family]))
-    return line_chart(series, "step", "without its weight")
+    note = '<p class="facts">Faint: earlier layers.</p>' if any(line.faint for line in series) else ""
+    return line_chart(series, "step", "without its weight") + note
 
 
 def _source(part: str) -> str:

@@ -57,7 +57,7 @@ svg .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
 svg .faint{stroke-width:1;opacity:.35}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:3px 16px;margin:8px 0 0;padding:0;
 font-size:13px;color:var(--soft)}
-.legend li{overflow-wrap:anywhere}
+.legend li{max-width:100%;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .swatch{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:6px;vertical-align:-1px}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,480px),1fr));gap:14px;margin:10px 0 4px;
 align-items:start}

@@ -7,7 +7,6 @@ normalisation of its own on every output.
 from __future__ import annotations
 
 import difflib
-import math
 import types
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch.nn import functional
 from dino_scale.config.schema import BackboneConfig
 from dino_scale.errors import ConfigError
 from dino_scale.model.backbone_weights import load_backbone_weights
-from dino_scale.model.frozen_norm import FrozenBatchNorm
+from dino_scale.model.norms import FrozenBatchNorm, group_norm
 from dino_scale.torchvision_compat import ensure_importable
 
 ensure_importable()
@@ -30,7 +29,6 @@ from timm.models.swin_transformer import SwinTransformerBlock, window_partition,
 
 _SWIN = "swin_"
 _UNNORMALISED = (_SWIN, "convnext")  # families whose stages end in a bare residual sum
-_GROUPS = 32  # of the group normalisation that replaces batch normalisation
 _FIRST_STRIDE = 4  # features of a smaller stride belong to the stem
 
 
@@ -121,7 +119,7 @@ def _substitute(norm: Any, kind: str) -> nn.Module:
         replacement = FrozenBatchNorm(norm.num_features, norm.eps)
         replacement.load_state_dict({name: value for name, value in norm.state_dict().items() if "tracked" not in name})
     else:
-        replacement = nn.GroupNorm(math.gcd(_GROUPS, norm.num_features), norm.num_features)
+        replacement = group_norm(norm.num_features)
         replacement.load_state_dict({"weight": norm.weight.detach(), "bias": norm.bias.detach()})
     if isinstance(norm, BatchNormAct2d):
         return nn.Sequential(replacement, norm.drop, norm.act)

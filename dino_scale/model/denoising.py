@@ -51,7 +51,7 @@ class Denoiser(nn.Module):
         self.config = config
         self.num_classes = num_classes
         self.blocks = 2 if config.kind == "contrastive" else 1
-        self.label_embedding = nn.Parameter(torch.randn(num_classes + 1, hidden))
+        self.label_embedding = nn.Embedding(num_classes + 1, hidden)
 
     def forward(
         self, targets: Targets, generator: torch.Generator | None, draws: Draws | None = None
@@ -77,8 +77,9 @@ class Denoiser(nn.Module):
         labels = noised_labels(targets.labels, draws, self.config.label_noise).to(device)
         boxes = noised_boxes(targets.boxes, draws, self.config)
         image, slot = _places(targets.counts, groups * self.blocks, device)
-        content = self.label_embedding.new_zeros(len(targets.counts), size, self.label_embedding.shape[1])
-        content = content.index_put((image, slot), self.label_embedding[labels])
+        embedded = self.label_embedding(labels)
+        content = embedded.new_zeros(len(targets.counts), size, embedded.shape[1])
+        content = content.index_put((image, slot), embedded)
         reference = boxes.new_zeros(len(targets.counts), size, 4)
         reference = reference.index_put((image, slot), inverse_sigmoid(boxes))
         # Positives are the first block of every group; blocks follow one another in `slot`.

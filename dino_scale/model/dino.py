@@ -15,7 +15,7 @@ from dino_scale.model.encoder import Encoder
 from dino_scale.model.neck import Neck
 from dino_scale.model.outputs import DenoisingOutputs, Outputs
 from dino_scale.model.position import encode_image
-from dino_scale.model.queries import LearnedQueries, Queries, SelectedQueries
+from dino_scale.model.queries import LearnedQueries, Queries, SelectedQueries, all_rows
 from dino_scale.model.tokens import Layout, flatten_maps, layout_of, level_masks
 from dino_scale.structures import Targets
 
@@ -46,7 +46,7 @@ class Dino(nn.Module):
         self.num_classes = num_classes
         self.backbone = Backbone(config.backbone, pretrained)
         self.neck = Neck(self.backbone.channels, config.hidden, config.levels)
-        self.level_embedding = nn.Parameter(torch.empty(config.levels, config.hidden))
+        self.level_embedding = nn.Embedding(config.levels, config.hidden)
         self.encoder = Encoder(config)
         self.queries: LearnedQueries | SelectedQueries
         if config.query_selection == "none":
@@ -96,7 +96,7 @@ class Dino(nn.Module):
         channels, temperature = self.config.hidden, self.config.position_temperature
         places = [
             encode_image(mask, channels, temperature) + embedding
-            for mask, embedding in zip(masks, self.level_embedding, strict=True)
+            for mask, embedding in zip(masks, all_rows(self.level_embedding), strict=True)
         ]
         return torch.cat(places, dim=1)
 
@@ -112,7 +112,7 @@ class Dino(nn.Module):
 
     def class_tensors(self) -> frozenset[str]:
         """Names of the parameters whose first dimension counts classes (the label embedding has one spare row)."""
-        heads = ("decoder.class_head.", "queries.class_head.", "denoiser.label_embedding")
+        heads = ("decoder.class_head.", "queries.class_head.", "denoiser.label_embedding.")
         return frozenset(name for name, _ in self.named_parameters() if name.startswith(heads))
 
     def _initialise(self) -> None:
@@ -120,7 +120,7 @@ class Dino(nn.Module):
         for part in (self.encoder, self.decoder):
             initialise.xavier_matrices(part)
             initialise.initialise_attention(part)
-        nn.init.normal_(self.level_embedding)
+        nn.init.normal_(self.level_embedding.weight)
         initialise.initialise_heads(self.decoder.class_head, self.decoder.box_head)
         if isinstance(self.queries, SelectedQueries):
             initialise.xavier_matrices(self.queries)

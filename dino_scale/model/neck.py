@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-_GROUPS = 32  # of the group normalisation
+from dino_scale.model.norms import group_norm
 
 
 class Neck(nn.Module):
@@ -27,7 +26,7 @@ class Neck(nn.Module):
             for extra in range(levels - len(channels))
         ]
         self.projections = nn.ModuleList(lateral + further)
-        self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(_GROUPS, hidden), hidden) for _ in range(levels))
+        self.norms = nn.ModuleList(group_norm(hidden) for _ in range(levels))
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """features: (B, channels[i], h, w) each. Returns one (B, hidden, h, w) per level, finest first."""

@@ -41,24 +41,25 @@ class LearnedQueries(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.content = nn.Parameter(torch.randn(config.queries, config.hidden))
-        self.anchors: nn.Parameter | None = None
-        self.positions: nn.Parameter | None = None
+        self.content = nn.Embedding(config.queries, config.hidden)
+        self.anchors: nn.Embedding | None = None
+        self.positions: nn.Embedding | None = None
         if config.query_form == "anchor":
-            self.anchors = nn.Parameter(torch.randn(config.queries, 4))
+            self.anchors = nn.Embedding(config.queries, 4)
         else:
-            self.positions = nn.Parameter(torch.randn(config.queries, config.hidden))
+            self.positions = nn.Embedding(config.queries, config.hidden)
             self.point = nn.Linear(config.hidden, 2)
 
     def forward(self, memory: Tensor, layout: Layout) -> Queries:
         batch = memory.shape[0]
-        content = _for_batch(self.content, batch)
+        content = _for_batch(all_rows(self.content), batch)
         if self.anchors is not None:
-            return Queries(content, _for_batch(self.anchors, batch))
+            return Queries(content, _for_batch(all_rows(self.anchors), batch))
         assert self.positions is not None
+        positions = all_rows(self.positions)
         with torch.autocast(memory.device.type, enabled=False):  # coordinates stay float32
-            points = self.point(self.positions)
-        return Queries(content, _for_batch(points, batch), _for_batch(self.positions, batch))
+            points = self.point(positions)
+        return Queries(content, _for_batch(points, batch), _for_batch(positions, batch))
 
 
 class SelectedQueries(nn.Module):
@@ -78,10 +79,9 @@ class SelectedQueries(nn.Module):
         self.norm = nn.LayerNorm(config.hidden)
         self.class_head = nn.Linear(config.hidden, num_classes)
         self.box_head = BoxHead(config.hidden)
-        self.content: nn.Parameter | None = None
+        self.content: nn.Embedding | None = None
         if config.query_selection == "mixed":
-            self.content = nn.Parameter(torch.empty(config.queries, config.hidden))
-            nn.init.xavier_uniform_(self.content)
+            self.content = nn.Embedding(config.queries, config.hidden)
         if self.points:
             self.position = nn.Linear(4 * (config.hidden // 2), config.hidden)
             self.position_norm = nn.LayerNorm(config.hidden)
@@ -96,7 +96,7 @@ class SelectedQueries(nn.Module):
         if self.content is None:
             content = chosen.detach()
         else:
-            content = _for_batch(self.content[: indices.shape[1]], memory.shape[0])
+            content = _for_batch(all_rows(self.content)[: indices.shape[1]], memory.shape[0])
         return Queries(
             content=content,
             reference=reference[..., :2] if self.points else reference,
@@ -135,10 +135,19 @@ def propose(layout: Layout) -> tuple[Tensor, Tensor]:
     return logits.masked_fill(~usable[..., None], float("inf")), usable
 
 
+def all_rows(embedding: nn.Embedding) -> Tensor:
+    """The whole table, read through the module's own forward.
+
+    Parameters belong to modules that return tensors: ZeRO stage 3 makes them whole for a backward pass when the
+    gradient of such an output arrives, and does not look into dataclasses.
+    """
+    return embedding(torch.arange(embedding.num_embeddings, device=embedding.weight.device))
+
+
 def _rows(tensor: Tensor, indices: Tensor) -> Tensor:
     """Rows (B, Q, X) of a (B, S, X) tensor."""
     return tensor.gather(1, indices[..., None].expand(-1, -1, tensor.shape[-1]))
 
 
-def _for_batch(parameter: Tensor, batch: int) -> Tensor:
-    return parameter[None].expand(batch, -1, -1)
+def _for_batch(table: Tensor, batch: int) -> Tensor:
+    return table[None].expand(batch, -1, -1)

@@ -48,4 +48,4 @@ class Control(Protocol):
         """Hand over an event; called on rank 0 only, must not block for long."""
 
     def stop_requested(self) -> bool:
-        """True once the worker should save and return; may differ between ranks for a while (they agree by themselves)."""
+        """True once the worker should save and return; ranks may hear of it at different times and agree themselves."""

@@ -93,16 +93,17 @@ def broadcast_object(value: T | None, source: int = 0) -> T:
 
 def on_rank_zero(function: Callable[[], T]) -> T:
     """Run `function` on rank 0 and return its result on every rank; an error of our family is raised on every rank."""
-    outcome: T | DinoScaleError | None = None
+    result: T | None = None
+    error: DinoScaleError | None = None
     if rank() == 0:
         try:
-            outcome = function()
-        except DinoScaleError as error:
-            outcome = error
-    outcome = broadcast_object(outcome)
-    if isinstance(outcome, DinoScaleError):
-        raise outcome
-    return outcome  # type: ignore[return-value]
+            result = function()
+        except DinoScaleError as problem:
+            error = problem
+    result, error = broadcast_object((result, error))
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
 
 
 def barrier() -> None:

@@ -2,7 +2,7 @@
 
 Each rank averages what it owns, in float32, so the average costs 1/world of a model copy under ZeRO 1 to 3. Every
 parameter is counted once per step, also those that several decoder layers share (the official code counts shared heads
-12 times; notes of this project, docs/differences.md).
+12 times: docs/differences.md).
 """
 
 from __future__ import annotations

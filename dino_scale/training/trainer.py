@@ -36,7 +36,7 @@ class StageLength:
 
 @dataclass
 class Progress:
-    """Where a stage stands. step: optimizer steps done, skipped ones included; skipped: those left out as not finite."""
+    """Where a stage stands. step: optimizer steps done, skipped ones included; skipped: those that were not finite."""
 
     step: int = 0
     skipped: int = 0
@@ -170,9 +170,7 @@ class Trainer:
             "time": time.time(),
         }
         self.log.write(line)
-        self.control.report(
-            StepEvent(self.name, progress.step, self.length.steps, line["epoch"], total, rate, left)
-        )
+        self.control.report(StepEvent(self.name, progress.step, self.length.steps, line["epoch"], total, rate, left))
 
     def _pause_when_due(self, progress: Progress) -> None:
         """Save and evaluate at their intervals; the last step is left to the caller, who does both anyway."""

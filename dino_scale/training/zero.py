@@ -1,11 +1,11 @@
 """The only place that knows DeepSpeed: building the engine, and reading and writing its partitions by parameter name.
 
-A `Fragment` is a 1-D piece of one parameter together with its optimizer state. Under ZeRO 1 to 3 a rank holds the pieces
-that DeepSpeed gave it; under stage 0 it holds everything and owns (writes) an even share. Checkpoints and the weight
-average are built on fragments alone, so neither knows the stage nor the number of workers.
+A `Fragment` is a 1-D piece of one parameter together with its optimizer state. Under ZeRO 1 to 3 a rank holds the
+pieces that DeepSpeed gave it; under stage 0 it holds everything and owns (writes) an even share. Checkpoints and the
+weight average are built on fragments alone, so neither knows the stage nor the number of workers.
 
-The partition layout below is that of DeepSpeed 0.19.8; tests/training/test_zero.py fails loudly if another version moves
-it. Calls that lose or refuse state in that version (universal checkpoint, safe_get/set_full_*) are not used.
+The partition layout below is that of DeepSpeed 0.19.8; tests/training/test_zero.py fails loudly if another version
+moves it. Calls that lose or refuse state in that version (universal checkpoint, safe_get/set_full_*) are not used.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -32,10 +33,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Fragment:
     """Elements [start, start + numel) of the flattened parameter `name`, as held by this rank.
 
-    tensors: kind ("fp32", "exp_avg", "exp_avg_sq", "ema") to a float32 vector of `numel` elements. They are views of the
-    engine's state: writing to them changes it (call `ZeroEngine.publish` afterwards).
-    owned: (offset, numel) within the fragment of the part that this rank writes to a checkpoint; over all ranks the owned
-    parts cover every parameter exactly once.
+    tensors: kind ("fp32", "exp_avg", "exp_avg_sq", "ema") to a float32 vector of `numel` elements. They are views of
+    the engine's state: writing to them changes it (call `ZeroEngine.publish` afterwards).
+    owned: (offset, numel) within the fragment of the part that this rank writes to a checkpoint; over all ranks the
+    owned parts cover every parameter exactly once.
     """
 
     name: str
@@ -116,8 +117,8 @@ class ZeroEngine:
     def step(self) -> StepOutcome | None:
         """End a microbatch: after the last of a step, clip and update and return the outcome, else None.
 
-        A step whose gradient is not finite changes nothing on any rank. DeepSpeed 0.19.8 sees to that under stages 1 to 3
-        (parameters being float32); stage 0 has no such guard, so clipping is done here.
+        A step whose gradient is not finite changes nothing on any rank. DeepSpeed 0.19.8 sees to that under stages 1
+        to 3 (parameters being float32); stage 0 has no such guard, so clipping is done here.
         """
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
@@ -269,6 +270,7 @@ class ZeroEngine:
     def _fragments_of_stage_3(self) -> list[Fragment]:
         optimizer = self._engine.optimizer
         fragments = []
+        parameter: Any  # DeepSpeed adds ds_numel and ds_shape to parameters
         for parameter, name in self._names.items():
             index, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = length * distributed.rank()
@@ -308,6 +310,8 @@ def _initialise(module: nn.Module, optimizer: torch.optim.Optimizer, config: dic
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    # DeepSpeed calls collectives under names that newer torch has renamed: nothing a user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Its shared-memory collectives serve inference only, and building them costs a C++ compile of 45 s at first use.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)

@@ -21,6 +21,10 @@ except ImportError as error:
     raise RuntimeError(
         f"deform_attn: impl='cpu' needs numba ({error}); pip install numba or use impl='reference'"
     ) from error
+except RuntimeError as error:  # numba found no folder it may write
+    raise RuntimeError(
+        f"deform_attn: numba cannot keep its compiled code ({error}); set NUMBA_CACHE_DIR to a folder you can write"
+    ) from error
 
 
 def forward(value: Tensor, offsets: Tensor, logits: Tensor, reference_points: Tensor, sizes: list[int]) -> Tensor:

@@ -133,10 +133,12 @@ def backward(
                             along_weight += share_x * share_y * dot
                             along_x += dot * (share_y if right else -share_y)
                             along_y += dot * (share_x if low else -share_x)
+                        along_x *= weights[k] * scale_x
+                        along_y *= weights[k] * scale_y
                     alongs[k] = along_weight
                     mean += weights[k] * along_weight
-                    grad_offsets[b, q, m, level, p, 0] = weights[k] * along_x * scale_x
-                    grad_offsets[b, q, m, level, p, 1] = weights[k] * along_y * scale_y
+                    grad_offsets[b, q, m, level, p, 0] = along_x
+                    grad_offsets[b, q, m, level, p, 1] = along_y
             for k in range(weights.shape[0]):
                 grad_logits[b, q, m, k] = weights[k] * (alongs[k] - mean)
 

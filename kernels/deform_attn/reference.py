@@ -35,9 +35,7 @@ def deform_attn_reference(
     return output.reshape(batch, queries, heads * channels).to(value.dtype)
 
 
-def sampling_locations(
-    offsets: Tensor, reference_points: Tensor, level_shapes: Sequence[tuple[int, int]]
-) -> Tensor:
+def sampling_locations(offsets: Tensor, reference_points: Tensor, level_shapes: Sequence[tuple[int, int]]) -> Tensor:
     """Where to sample, (B, Q, M, L, P, 2) as x, y in [0, 1] of each feature map.
 
     2-d references: reference + offset / (width, height). 4-d references (a box): centre + offset / P * size / 2.

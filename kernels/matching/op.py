@@ -21,6 +21,7 @@ from kernels.threads import in_threads
 BROKEN_COST = 1e9
 # Below this many cells of cost, starting threads takes longer than solving.
 CELLS_WORTH_THREADS = 1_000_000
+CELLS_IN_CACHE = 32_768
 
 
 @torch.no_grad()
@@ -52,10 +53,16 @@ def match(
     if layers == 0 or targets == 0:
         return torch.zeros((layers, targets), dtype=torch.int64, device=logits.device)
     image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(list(counts))).to(logits.device)
-    focal = _focal_cost(logits, labels, image, alpha)
-    distance, overlap = _box_costs(boxes, target_boxes, image)
-    cost = box_cost * distance + class_cost * focal - giou_cost * overlap
-    cost = cost.nan_to_num(nan=BROKEN_COST, posinf=BROKEN_COST, neginf=BROKEN_COST)
+    # On a CPU a few targets at a time, so that the twenty-odd intermediate results stay in the cache.
+    cells = layers * logits.shape[2]
+    step = targets if logits.device.type == "cuda" else max(1, CELLS_IN_CACHE // cells)
+    cost = torch.empty((targets, layers, logits.shape[2]), dtype=torch.float32, device=logits.device)
+    by_class, by_coordinate = logits.permute(1, 3, 0, 2), boxes.float().permute(3, 1, 0, 2).contiguous()
+    for part in (slice(start, start + step) for start in range(0, targets, step)):
+        focal = _focal_cost(by_class[image[part], labels[part]].float(), alpha)
+        distance, overlap = _box_costs(by_coordinate[:, image[part]], target_boxes[part].float().t()[:, :, None, None])
+        cost[part] = box_cost * distance + class_cost * focal - giou_cost * overlap
+    cost.nan_to_num_(nan=BROKEN_COST, posinf=BROKEN_COST, neginf=BROKEN_COST)
     return torch.from_numpy(_assign(cost.cpu().numpy(), counts)).to(logits.device)
 
 
@@ -83,19 +90,20 @@ def _check(logits: Tensor, boxes: Tensor, labels: Tensor, target_boxes: Tensor, 
             )
 
 
-def _focal_cost(logits: Tensor, labels: Tensor, image: Tensor, alpha: float) -> Tensor:
-    """(T, Lyr, N): focal loss of the target's class as a positive minus as a negative."""
-    probability = logits.permute(1, 3, 0, 2)[image, labels].float().sigmoid()
+def _focal_cost(logits: Tensor, alpha: float) -> Tensor:
+    """Focal loss of the target's class as a positive minus as a negative, in the shape of its logits."""
+    probability = logits.sigmoid()
     positive = alpha * (1 - probability) ** GAMMA * -(probability + LOG_EPSILON).log()
     negative = (1 - alpha) * probability**GAMMA * -(1 - probability + LOG_EPSILON).log()
     return positive - negative
 
 
-def _box_costs(boxes: Tensor, target_boxes: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-    """L1 distance and GIoU, each (T, Lyr, N). Coordinates are separate tensors, so that every step is contiguous."""
-    queries = boxes.float().permute(3, 1, 0, 2)[:, image].unbind(0)
-    targets = target_boxes.float().t()[:, :, None, None].unbind(0)
-    distance = sum((q - t).abs() for q, t in zip(queries, targets, strict=True))
+def _box_costs(query_boxes: Tensor, target_boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """L1 distance and GIoU, each (T, Lyr, N), of boxes (4, T, Lyr, N) and (4, T, 1, 1) as cx, cy, w, h."""
+    queries, targets = query_boxes.unbind(0), target_boxes.unbind(0)
+    distance = (queries[0] - targets[0]).abs()
+    for query, target in zip(queries[1:], targets[1:], strict=True):
+        distance += (query - target).abs()
     left, top, right, bottom = _corners(queries)
     target_left, target_top, target_right, target_bottom = _corners(targets)
     inside_width = (torch.minimum(right, target_right) - torch.maximum(left, target_left)).clamp_(min=0)
@@ -106,7 +114,6 @@ def _box_costs(boxes: Tensor, target_boxes: Tensor, image: Tensor) -> tuple[Tens
     target_area = (target_right - target_left) * (target_bottom - target_top)
     union = (right - left) * (bottom - top) + target_area - intersection
     overlap = intersection / (union + AREA_EPSILON) - (hull - union) / (hull + AREA_EPSILON)
-    assert isinstance(distance, Tensor)
     return distance, overlap
 
 

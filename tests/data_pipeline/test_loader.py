@@ -114,7 +114,7 @@ def test_dealing_follows_the_contract(n: int, world: int, microbatch: int, accum
 
 
 def test_a_global_batch_that_does_not_divide(scenes: Index) -> None:
-    with pytest.raises(ConfigError, match="batch.global_size is 16: expected a multiple of .* 2 x 3 = 6"):
+    with pytest.raises(ConfigError, match=r"batch\.global_size is 16: expected a multiple of .* 2 x 3 = 6"):
         next(steps_of_rank(scenes, BatchConfig(16, 2), 0, 3, 0, 1))
 
 

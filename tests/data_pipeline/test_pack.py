@@ -50,8 +50,8 @@ def test_shards_are_ordinary_tar_files_of_adjacent_pairs(scenes: Index) -> None:
 def test_plain_webdataset_reads_the_shards(scenes: Index) -> None:
     reading = (
         "import sys, webdataset as wds\n"
-        "for sample in wds.WebDataset(sys.argv[1:], shardshuffle=False).decode('rgb8').to_tuple('__key__', 'jpg', 'json'):\n"
-        "    key, image, text = sample\n"
+        "samples = wds.WebDataset(sys.argv[1:], shardshuffle=False).decode('rgb8')\n"
+        "for key, image, text in samples.to_tuple('__key__', 'jpg', 'json'):\n"
         "    print(key, *image.shape, text['image_id'], len(text['boxes']))\n"
     )
     shards = [str(scenes.folder / name) for name in scenes.shard_names]

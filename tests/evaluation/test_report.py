@@ -17,7 +17,7 @@ from dino_scale.errors import DataError, RunFolderError
 from dino_scale.evaluation.charts import Series, line_chart, number, smoothed, thinned
 from dino_scale.evaluation.coco import evaluate_detections
 from dino_scale.evaluation.report import transfer_gains, write_report
-from dino_scale.evaluation.run_folder import read_run
+from dino_scale.evaluation.run_record import read_run
 
 HOSTILE = "<script>alert(1)</script>\" onload='x"
 

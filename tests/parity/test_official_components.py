@@ -151,9 +151,9 @@ def proposal_layout(components: Arrays) -> Layout:
 
 def filled_denoiser(config: DenoisingConfig) -> Denoiser:
     denoiser = Denoiser(config, CLASSES, hidden=256)
-    values = fill.values("label_enc.weight", denoiser.label_embedding.shape)
+    values = fill.values("label_enc.weight", denoiser.label_embedding.weight.shape)
     assert values is not None
-    denoiser.load_state_dict({"label_embedding": torch.from_numpy(values)})
+    denoiser.load_state_dict({"label_embedding.weight": torch.from_numpy(values)})
     return denoiser
 
 
@@ -176,4 +176,4 @@ def test_without_noise_queries_are_the_targets(components: Arrays) -> None:
     image = torch.tensor([0] * 5 + [1] * 2)
     for positions in queries.positives:
         torch.testing.assert_close(queries.reference[image, positions].sigmoid(), targets.boxes, rtol=0, atol=1e-6)
-        assert torch.equal(queries.content[image, positions], denoiser.label_embedding[targets.labels])
+        assert torch.equal(queries.content[image, positions], denoiser.label_embedding(targets.labels))

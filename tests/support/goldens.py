@@ -24,7 +24,7 @@ CLASSES = 91  # the official models count raw COCO ids
 
 @dataclass(frozen=True)
 class Case:
-    """arrays: the recorded tensors. facts: losses, norms and settings. images, padding: the input. targets: its boxes."""
+    """arrays: the recorded tensors. facts: losses, norms, settings. images, padding: the input. targets: its boxes."""
 
     name: str
     arrays: dict[str, np.ndarray]
@@ -78,10 +78,10 @@ def fill_model(model: Dino, decoder_layers: int) -> None:
         tensor.copy_(torch.from_numpy(values))
 
 
-def official_gradient_norms(model: Dino) -> dict[str, float]:
-    """Norm of each parameter's gradient, in float64, under its official name."""
+def official_gradients(model: Dino) -> dict[str, Tensor]:
+    """A copy of each parameter's gradient under its official name."""
     return {
-        official_names(name, model.config.decoder_layers)[0]: float(parameter.grad.double().norm())
+        official_names(name, model.config.decoder_layers)[0]: parameter.grad.clone()
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }

@@ -22,9 +22,8 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
-        processes = [
-            context.Process(target=_rank, args=(rank, world, port, folder, function, arguments)) for rank in range(world)
-        ]
+        common = (world, port, folder, function, arguments)
+        processes = [context.Process(target=_rank, args=(rank, *common)) for rank in range(world)]
         for process in processes:
             process.start()
         for process in processes:

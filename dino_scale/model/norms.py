@@ -1,9 +1,19 @@
-"""Batch normalisation that never changes."""
+"""Normalisations that do not depend on the batch."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+
+_GROUPS = 32  # of the group normalisation (official input_proj)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """32 groups, or as many as divide narrow maps; at least two channels in each, for maps of a single pixel."""
+    groups = math.gcd(_GROUPS, channels)
+    return nn.GroupNorm(groups if groups < channels else max(1, channels // 2), channels)
 
 
 class FrozenBatchNorm(nn.Module):

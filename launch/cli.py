@@ -1,0 +1,224 @@
+"""The command line: `dino-scale COMMAND ...`, the same as `python -m launch COMMAND ...`.
+
+Exit codes: 0 done, 2 user error, 3 data error, 4 interrupted but resumable, 1 a bug in this program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from dino_scale.errors import DinoScaleError, UserError
+
+if TYPE_CHECKING:
+    Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_THE_USERS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EDQUOT, errno.ENAMETOOLONG}
+_DEBUG = "DINO_SCALE_DEBUG"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    options = build_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except DinoScaleError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 4)
+    except OSError as error:
+        if error.errno in _THE_USERS:
+            return _fail(f"{error.filename or 'a file'}: {(error.strerror or str(error)).lower()}", UserError.exit_code)
+        return _report_bug()
+    except Exception:
+        return _report_bug()
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    if os.environ.get(_DEBUG):
+        traceback.print_exc()
+    print(f"dino-scale: {message}", file=sys.stderr)
+    return code
+
+
+def _report_bug() -> int:
+    traceback.print_exc()
+    print("dino-scale: this is a bug in dino-scale; please report the lines above", file=sys.stderr)
+    return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dino-scale",
+        description="Train DINO object detectors: raw folders to shards to a pre-trained, fine-tuned detector.",
+        epilog=f"Exit codes: 0 done, 2 user error, 3 data error, 4 interrupted but resumable, 1 bug. "
+        f"{_DEBUG}=1 shows where an error arose.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_demo, _pack, _plan, _train, _resume, _evaluate, _predict, _report):
+        add(commands)
+    return parser
+
+
+def _command(
+    commands: Commands,
+    name: str,
+    text: str,
+    example: str,
+    run: Callable[[argparse.Namespace], None],
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one configuration key, such as stages.pretrain.batch.microbatch=4; may be repeated",
+    )
+
+
+# One function per command: its arguments, and the import of what it runs. Nothing heavy is imported before that.
+
+
+def _demo(commands: Commands) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.demo import demo
+
+        demo(options.run_dir)
+
+    text = "the whole chain on this machine with synthetic data: pack, pre-train, fine-tune, evaluate, report"
+    parser = _command(commands, "demo", text, "dino-scale demo --run-dir runs/demo", run)
+    parser.add_argument("--run-dir", type=Path, metavar="R", help="new folder; default runs/demo-DATE-TIME")
+
+
+def _pack(commands: Commands) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.pack import run
+
+        run(options)
+
+    text = "images and an annotation file into shards with an index"
+    example = "dino-scale pack --format coco --annotations instances.json --images images --out shards/train"
+    parser = _command(commands, "pack", text, example, run)
+    parser.add_argument("--format", choices=("coco", "objects365"), default="coco", help="default: coco")
+    parser.add_argument("--annotations", type=Path, required=True, metavar="A.json", help="COCO-style annotation file")
+    for option in ("--images", "--images2"):
+        help_text = "folder of images" if option == "--images" else "second folder of images"
+        parser.add_argument(
+            option,
+            type=Path,
+            action="append",
+            dest="images",
+            required=option == "--images",
+            metavar="DIR",
+            help=help_text,
+        )
+    parser.add_argument("--out", type=Path, required=True, metavar="SHARDS", help="new folder")
+
+
+def _plan(commands: Commands) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.plan import run
+
+        run(options)
+
+    text = "what a chain will do: steps, batches, memory per worker, shards; no accelerator is touched"
+    parser = _command(commands, "plan", text, "dino-scale plan configs/chain/demo.yaml --set launch.workers=8", run)
+    parser.add_argument("chain", type=Path, metavar="CHAIN.yaml")
+    _add_overrides(parser)
+
+
+def _train(commands: Commands) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.train import train
+
+        train(options.chain, options.run_dir, options.overrides)
+
+    example = "dino-scale train configs/chain/demo.yaml --run-dir runs/first --set launch.workers=2"
+    parser = _command(commands, "train", "run a chain of stages in a new run folder", example, run)
+    parser.add_argument("chain", type=Path, metavar="CHAIN.yaml")
+    parser.add_argument("--run-dir", type=Path, metavar="R", help="new folder; default runs/NAME-DATE-TIME")
+    _add_overrides(parser)
+
+
+def _resume(commands: Commands) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.train import resume
+
+        resume(options.run_dir, options.overrides)
+
+    text = "continue a run where it stopped, on whatever workers there are now"
+    parser = _command(commands, "resume", text, "dino-scale resume runs/first --set launch.workers=1", run)
+    parser.add_argument("run_dir", type=Path, metavar="R", help="run folder of train or demo")
+    _add_overrides(parser)
+
+
+def _evaluate(commands: Commands) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.evaluate import run
+
+        run(options)
+
+    example = "dino-scale evaluate --weights runs/first/finetune/weights.safetensors --data shards/validation"
+    parser = _command(commands, "evaluate", "COCO numbers of trained weights on packed data", example, run)
+    parser.add_argument("--weights", type=Path, required=True, metavar="W")
+    parser.add_argument("--data", type=Path, required=True, metavar="SHARDS", help="folder made by pack")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for evaluation.json and detections.json")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
+
+
+def _predict(commands: Commands) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.predict import run
+
+        run(options)
+
+    text = "draw the boxes a detector finds, and write them as a COCO-format file"
+    example = "dino-scale predict --weights runs/first/finetune/weights.safetensors photos --out found"
+    parser = _command(commands, "predict", text, example, run)
+    parser.add_argument("--weights", type=Path, required=True, metavar="W")
+    parser.add_argument("pictures", type=Path, metavar="IMAGE|FOLDER")
+    parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="default: predictions")
+    parser.add_argument(
+        "--threshold", type=_share, default=0.3, metavar="SCORE", help="smallest score kept, 0 to 1; default 0.3"
+    )
+
+
+def _report(commands: Commands) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.report import run
+
+        run(options)
+
+    text = "write report.html of a run anew: curves, per-class AP, best and worst pictures"
+    parser = _command(commands, "report", text, "dino-scale report runs/first", run)
+    parser.add_argument("run_dir", type=Path, metavar="R", help="run folder of train or demo")
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"is '{text}': expected a number from 0 to 1")
+    return value

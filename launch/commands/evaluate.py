@@ -1,0 +1,87 @@
+"""`dino-scale evaluate`: COCO numbers of a weights file on packed data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+
+from data_pipeline.index import Index, ground_truth
+from data_pipeline.loader import evaluation_batches
+from dino_scale.config.schema import EvaluationConfig
+from dino_scale.errors import DataError
+from dino_scale.evaluation.coco import evaluate_detections
+from dino_scale.evaluation.detector import detect_all
+from dino_scale.evaluation.result import EvaluationResult
+from dino_scale.structures import Batch
+from launch.detector import Detector, open_detector
+from launch.progress import number
+from launch.run_folder import require_new, write_text
+
+
+def run(arguments: argparse.Namespace) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    if arguments.out is not None:
+        require_new(arguments.out)
+    index = Index.open(arguments.data)
+    detector = open_detector(arguments.weights)
+    _require_same_classes(detector, index, arguments)
+    found = _detect(detector, index, arguments.precision, console)
+    result = evaluate_detections(ground_truth(index), found)
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        write_text(arguments.out / "evaluation.json", result.to_json())
+        write_text(arguments.out / "detections.json", json.dumps(found))
+    _show(result, console)
+
+
+def _require_same_classes(detector: Detector, index: Index, arguments: argparse.Namespace) -> None:
+    known, given = detector.weights.categories, index.categories
+    if known == given:
+        return
+    missing = [category.name for category in given if category not in known][:3]
+    raise DataError(
+        f"{arguments.data} has {len(given)} classes, {arguments.weights} was trained on {len(known)}"
+        f"{f' and does not know {missing}' if missing else ''}: expected the same ids and names; "
+        "pack the data with the category list of the training data"
+    )
+
+
+def _detect(detector: Detector, index: Index, precision: str, console: Console) -> list[dict]:
+    preparation = detector.weights.preparation
+    batches = evaluation_batches(
+        index, short_side=preparation.short_side, max_size=preparation.max_size, microbatch=1, rank=0, world=1
+    )
+    return detect_all(
+        detector.model,
+        _counted(batches, len(index), console),
+        index.categories,
+        mean=preparation.mean,
+        std=preparation.std,
+        detections=EvaluationConfig().detections,
+        precision=precision,
+    )
+
+
+def _counted(batches: Iterator[Batch], images: int, console: Console) -> Iterator[Batch]:
+    """The batches, with a line about every tenth of the images."""
+    done = 0
+    for batch in batches:
+        yield batch
+        before, done = done, done + len(batch.image_ids)
+        if before * 10 // images != done * 10 // images:
+            console.print(f"{done}/{images} images")
+
+
+def _show(result: EvaluationResult, console: Console) -> None:
+    table = Table("metric", "value")
+    for name, value in result.metrics.items():
+        table.add_row(name, number(value))
+    console.print(table)
+    classes = Table("class", "boxes", "AP", "AP50")
+    for row in result.classes:
+        classes.add_row(row.name, str(row.boxes), number(row.AP), number(row.AP50))
+    console.print(classes)
