@@ -6,7 +6,6 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, TypeVar
 
-from dino_scale.config.schema import LaunchConfig
 from dino_scale.training.control import Event
 from launch.signals import StopRequest
 from launch.worker import StageJob, StageResult
@@ -46,18 +45,3 @@ class StageControl:
 
     def stop_requested(self) -> bool:
         return self._stop.requested
-
-
-def open_engine(launch: LaunchConfig) -> Engine:
-    """The engine that the configuration names; enter it before use."""
-    if launch.engine == "local":
-        from launch.local_engine import LocalEngine
-
-        return LocalEngine()
-    if launch.engine == "torchrun":
-        from launch.torchrun_engine import TorchrunEngine
-
-        return TorchrunEngine()
-    from launch.ray_engine import RayEngine
-
-    return RayEngine(launch)

@@ -20,6 +20,7 @@ from dino_scale.config.schema import LaunchConfig
 from dino_scale.errors import DinoScaleError, UserError, WorkerLostError
 from dino_scale.training.control import MessageEvent
 from launch.engine import Show
+from launch.guardian import Guardian
 from launch.signals import StopRequest, undisturbed
 from launch.worker import StageJob, StageResult
 from launch.worker_process import Place, WorkerProcess
@@ -51,6 +52,7 @@ class RayEngine:
         self._actors: list[Any] = []
         self._places: list[Place] = []
         self._group: Any = None
+        self._guardian: Guardian | None = None
         self._started = False
         self._keep_logs = False
 
@@ -74,6 +76,7 @@ class RayEngine:
             self._connect(show)
             stop.install_again()
             self._place_workers(show)
+            self._guardian = Guardian() if self._session is not None else None
         runs = [
             worker.run.options(concurrency_group="work").remote(job, place)
             for worker, place in zip(self._actors, self._places, strict=True)
@@ -233,6 +236,8 @@ class RayEngine:
             ray.kill(worker)
         self._actors = []
         ray.shutdown()
+        if self._guardian is not None:
+            self._guardian.dismiss()
 
 
 def _new_session() -> Path:

@@ -48,7 +48,10 @@ class WorkerProcess:
 
         if not torch.distributed.is_initialized():
             distributed.join(place.rank, place.world, place.local_rank, place.local_world, place.address, place.port)
-        return run_stage(job, self)
+        try:
+            return run_stage(job, self)
+        finally:
+            self._stop.clear()
 
     def request_stop(self) -> None:
         self._stop.set()

@@ -45,12 +45,10 @@ def demo(run_dir: Path | None) -> None:
 
 
 def with_data_in(config: ChainConfig, folder: Path) -> ChainConfig:
-    """The chain with its data folders: objects for the stage it begins with, scenes for those that follow."""
-    first = next(iter(config.stages))
+    """The chain with its data folders, which the file gives as DOMAIN/SPLIT, taken from `folder`."""
     stages = {}
     for name, stage in config.stages.items():
-        domain = folder / ("objects" if name == first else "scenes")
-        data = replace(stage.data, train=str(domain / "train"), validation=str(domain / "validation"))
+        data = replace(stage.data, train=str(folder / stage.data.train), validation=str(folder / stage.data.validation))
         stages[name] = replace(stage, data=data)
     return replace(config, stages=stages)
 

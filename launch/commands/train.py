@@ -12,7 +12,8 @@ from dino_scale.config.decode import load_chain
 from dino_scale.config.dump import differences, leaves
 from dino_scale.config.schema import ChainConfig
 from launch.chain import run_chain
-from launch.engine import Engine, open_engine
+from launch.engine import Engine
+from launch.engines import open_engine
 from launch.preflight import check, with_absolute_paths
 from launch.progress import Progress
 from launch.run_folder import RunFolder

@@ -332,9 +332,9 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"bad\.yaml") as caught:
             load_chain(tmp_path / "bad.yaml")
         assert expected in str(caught.value)
-    with pytest.raises(ConfigError, match="cannot read .*: no such file or directory"):
+    with pytest.raises(ConfigError, match=r"cannot read .*: no such file or directory"):
         load_chain(tmp_path / "missing.yaml")
-    with pytest.raises(ConfigError, match="cannot read .*: is a directory"):
+    with pytest.raises(ConfigError, match=r"cannot read .*: is a directory"):
         load_chain(tmp_path)
 
 

@@ -1,0 +1,118 @@
+"""Ray on this machine with two real workers: results, errors, stops and deaths travel back as they should."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dino_scale.config.decode import load_chain
+from dino_scale.config.schema import ChainConfig, DataConfig, LaunchConfig
+from dino_scale.errors import DataError, WorkerLostError
+from dino_scale.training.control import Event, MessageEvent, StepEvent
+from launch.ray_engine import RayEngine
+from launch.signals import StopRequest
+from launch.worker import StageJob
+
+CHAIN = """
+model: {extends: MODEL}
+launch: {workers: 2}
+stages:
+  only:
+    extends: STAGE
+    batch: {global_size: 4, microbatch: 2}
+    schedule: {steps: 100000}
+    log_every_steps: 1
+    precision: fp32
+"""
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> ChainConfig:
+    path = tmp_path_factory.mktemp("chain") / "chain.yaml"
+    text = CHAIN.replace("MODEL", str(CONFIGS / "model" / "small.yaml"))
+    path.write_text(text.replace("STAGE", str(CONFIGS / "stage" / "small_images.yaml")))
+    return load_chain(path, [f"stages.only.data.train={tiny_data / 'objects' / 'train'}"])
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[RayEngine]:
+    with RayEngine(LaunchConfig(workers=2)) as engine:
+        yield engine
+
+
+def ignore(_: Event) -> None:
+    """For runs whose events do not matter."""
+
+
+def job(config: ChainConfig, folder: Path) -> StageJob:
+    return StageJob(str(folder), "only", config)
+
+
+def test_the_life_of_two_workers(engine: RayEngine, config: ChainConfig, tmp_path: Path) -> None:
+    """In one test, because starting Ray takes longer than all the rest: an error, a stop, a continuation, a death."""
+    _error_of_a_worker_keeps_its_class_and_message(engine, config, tmp_path / "error")
+    step = _stop_leaves_a_checkpoint_to_continue_from(engine, config, tmp_path / "run")
+    _listens_on_loopback_only()
+    _killed_worker_is_named(engine, config, tmp_path / "run", step)
+
+
+def _error_of_a_worker_keeps_its_class_and_message(engine: RayEngine, config: ChainConfig, folder: Path) -> None:
+    stage = replace(config.stages["only"], data=DataConfig(train=str(folder / "nowhere")))
+    with pytest.raises(DataError, match=r"nowhere/manifest\.json: cannot be read") as caught:
+        engine.run(job(replace(config, stages={"only": stage}), folder), StopRequest(), ignore)
+    assert type(caught.value) is DataError
+
+
+def _stop_leaves_a_checkpoint_to_continue_from(engine: RayEngine, config: ChainConfig, folder: Path) -> int:
+    stop, steps = StopRequest(), []
+
+    def stop_after_two(event: Event) -> None:
+        if isinstance(event, StepEvent):
+            steps.append(event.step)
+            stop.requested = event.step >= 2
+
+    result = engine.run(job(config, folder), stop, stop_after_two)
+    assert result.interrupted and result.step >= 2
+    assert steps == list(range(1, result.step + 1))
+    assert (folder / "only" / "checkpoints" / f"step_{result.step:08d}" / "manifest.json").is_file()
+    return result.step
+
+
+def _killed_worker_is_named(engine: RayEngine, config: ChainConfig, folder: Path, step: int) -> None:
+    import ray
+
+    victim = ray.get(engine._actors[1].process_id.remote())
+    seen: list[Event] = []
+
+    def kill_at_first_step(event: Event) -> None:
+        seen.append(event)
+        if isinstance(event, StepEvent) and psutil.pid_exists(victim):
+            os.kill(victim, signal.SIGKILL)
+
+    with pytest.raises(WorkerLostError, match=r"worker 1 of 2 died \(killed, crashed, or its machine was lost\)"):
+        engine.run(job(config, folder), StopRequest(), kill_at_first_step)
+    assert any(isinstance(event, MessageEvent) and f"step_{step:08d}" in event.text for event in seen)
+    assert next(event.step for event in seen if isinstance(event, StepEvent)) == step + 1
+
+
+def _listens_on_loopback_only() -> None:
+    """No process that this one started accepts connections from other machines."""
+    found = [
+        (process.name(), connection.laddr)
+        for process in psutil.Process().children(recursive=True)
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(found) > 3
+    assert [place for place in found if not _is_loopback(place[1].ip)] == []
+
+
+def _is_loopback(address: str) -> bool:
+    return address.removeprefix("::ffff:").startswith("127.") or address == "::1"

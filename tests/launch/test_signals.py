@@ -1,0 +1,49 @@
+"""Ctrl-C and SIGTERM, sent to a real process."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import time
+from launch.signals import StopRequest
+with StopRequest() as stop:
+    print("ready", flush=True)
+    while not stop.requested:
+        time.sleep(0.01)
+    print("requested", flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("aborted", flush=True)
+"""
+
+
+def start() -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", CODE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_a_request_a_second_interrupt_aborts(first: signal.Signals) -> None:
+    process = start()
+    try:
+        assert process.stdout is not None
+        process.send_signal(first)
+        assert process.stdout.readline() == "requested\n"
+        process.send_signal(signal.SIGINT)  # the echo of the same Ctrl-C, passed on by a launcher
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.2)
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=30)
+        assert out == "aborted\n"
+        assert errors.count("stopping: a checkpoint is written at the next step") == 1
+    finally:
+        process.kill()
+        process.communicate()
