@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -23,6 +24,12 @@ def coco_categories() -> tuple[Category, ...]:
 def objects365_categories() -> tuple[Category, ...]:
     """The 365 Objects365 v2 classes under their corrected names; ids 1..365."""
     return tuple(Category(row["id"], row["name_fixed"]) for row in _tables()["objects365"])
+
+
+def rows_by_raw_id(categories: Sequence[Category], rows: int) -> tuple[Category, ...]:
+    """Categories of a class head whose row k is the class with raw id k; nameless where no class has that id."""
+    names = {category.id: category.name for category in categories}
+    return tuple(Category(row, names.get(row, "")) for row in range(rows))
 
 
 def objects365_misspelt() -> dict[str, str]:

@@ -72,7 +72,7 @@ def to_coco(
             {"id": number, "file_name": picture.file_name, "height": picture.height, "width": picture.width}
             for number, picture in zip(numbers, predictions, strict=True)
         ],
-        "categories": [{"id": category.id, "name": category.name} for category in categories],
+        "categories": [{"id": category.id, "name": category.name} for category in categories if category.name],
         "annotations": [
             {"id": number, **entry, "area": round(entry["bbox"][2] * entry["bbox"][3], 2), "iscrowd": 0}
             for number, entry in enumerate(kept, start=1)

@@ -88,7 +88,10 @@ class Detections:
 
 @dataclass(frozen=True)
 class Category:
-    """A class of a dataset: its raw id in annotation files and its name. Its contiguous id is its place in the list."""
+    """A class of a dataset: its raw id in annotation files and its name. Its contiguous id is its place in the list.
+
+    An empty name marks a row of an imported class head that stands for no class; what it finds is never reported.
+    """
 
     id: int
     name: str

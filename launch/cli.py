@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         f"{_DEBUG}=1 shows where an error arose.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_demo, _pack, _plan, _train, _resume, _evaluate, _predict, _report):
+    for add in (_demo, _pack, _plan, _train, _resume, _evaluate, _predict, _report, _import_official, _export):
         add(commands)
     return parser
 
@@ -212,6 +212,38 @@ def _report(commands: Commands) -> None:
     text = "write report.html of a run anew: curves, per-class AP, best and worst pictures"
     parser = _command(commands, "report", text, "dino-scale report runs/first", run)
     parser.add_argument("run_dir", type=Path, metavar="R", help="run folder of train or demo")
+
+
+def _import_official(commands: Commands) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.import_official import run
+
+        run(options)
+
+    text = "a checkpoint of the authors' repository into a weights file"
+    parser = _command(
+        commands, "import-official", text, "dino-scale import-official checkpoint0011_4scale.pth --out W", run
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="X.pth")
+    parser.add_argument("--out", type=Path, required=True, metavar="W", help="new weights file (.safetensors)")
+    parser.add_argument("--part", choices=("model", "ema_model"), default="model", help="default: model")
+    parser.add_argument("--short-side", type=int, default=800, metavar="PIXELS", help="of images; default 800")
+    parser.add_argument("--max-size", type=int, default=1333, metavar="PIXELS", help="of images; default 1333")
+    parser.add_argument("--names", action="store_true", help="print every entry with the name it gets")
+
+
+def _export(commands: Commands) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.export import run
+
+        run(options)
+
+    text = "a weights file into a checkpoint of the authors' repository, or a safetensors file"
+    example = "dino-scale export --weights runs/first/finetune/weights.safetensors --format official --out X.pth"
+    parser = _command(commands, "export", text, example, run)
+    parser.add_argument("--weights", type=Path, required=True, metavar="W")
+    parser.add_argument("--format", choices=("official", "safetensors"), required=True)
+    parser.add_argument("--out", type=Path, required=True, metavar="X", help="new file")
 
 
 def _share(text: str) -> float:

@@ -1,11 +1,14 @@
-"""Names of the official repository for our parameters (DINO with a ResNet backbone)."""
+"""Names of the official repository for our parameters (DINO with a ResNet or Swin backbone)."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 _RENAMES = (
-    (r"^backbone\.body\.", "backbone.0.body."),
+    (r"^backbone\.body\.layers_(\d+)\.blocks\.", r"backbone.0.layers.\1.blocks."),  # Swin
+    (r"^backbone\.body\.patch_embed\.", "backbone.0.patch_embed."),  # Swin
+    (r"^backbone\.body\.", "backbone.0.body."),  # ResNet: timm's names are torchvision's
     (r"^neck\.projections\.(\d+)\.", r"input_proj.\1.0."),
     (r"^neck\.norms\.(\d+)\.", r"input_proj.\1.1."),
     (r"^level_embedding\.weight$", "transformer.level_embed"),
@@ -42,15 +45,23 @@ _RENAMES_IN_BLOCK = (
 )
 _LAYER = re.compile(r"^(transformer\.(encoder|decoder)\.layers\.\d+\.)(.+)$")
 _SHARED_HEAD = re.compile(r"^decoder\.(class|box)_head\.(.+)$")
+_SWIN_DOWNSAMPLE = re.compile(r"^backbone\.body\.layers_(\d+)\.(downsample\..+)$")
+_OUTPUT_NORM = re.compile(r"^backbone\.norms\.(\d+)\.(.+)$")
 
 
-def official_names(name: str, decoder_layers: int) -> tuple[str, ...]:
+def official_names(name: str, decoder_layers: int, outputs: Sequence[int] = ()) -> tuple[str, ...]:
     """Every name under which the official state dict stores our parameter or buffer `name`.
 
     One, except for the heads that the decoder layers share: the official model registers them under two parents in
-    each layer. The first name is the one its named_parameters() gives.
+    each layer. The first name is the one its named_parameters() gives. outputs: stages that the backbone puts out,
+    which number the output norms of a Swin.
     """
     shared = _SHARED_HEAD.match(name)
+    downsample, norm = _SWIN_DOWNSAMPLE.match(name), _OUTPUT_NORM.match(name)
+    if downsample:  # timm halves the map before a stage, the official Swin after the one before it
+        return (f"backbone.0.layers.{int(downsample[1]) - 1}.{downsample[2]}",)
+    if norm:
+        return (f"backbone.0.norm{outputs[int(norm[1])]}.{norm[2]}",)
     if shared:
         head = {"class": "class_embed", "box": "bbox_embed"}[shared[1]]
         parents = ("transformer.decoder.", "")

@@ -9,12 +9,13 @@ from dino_scale.structures import Category, Detections
 
 
 def to_coco_detections(
-    detections: Sequence[Detections], image_ids: Sequence[int], categories: Sequence[Category]
+    detections: Sequence[Detections], image_ids: Sequence[int], categories: Sequence[Category | None]
 ) -> list[dict[str, Any]]:
     """One entry per detection: image_id, category_id (raw), bbox [x, y, width, height] in pixels, score.
 
-    `detections` and `image_ids` go in pairs; label k is `categories[k]`. Boxes are rounded to 1/100 pixel and scores
-    to 1e-6, which keeps the file small and is far below what changes a COCO number.
+    `detections` and `image_ids` go in pairs; label k is `categories[k]`, and where that is None or nameless the
+    detection is left out. Boxes are rounded to 1/100 pixel and scores to 1e-6, which keeps the file small and is far
+    below what changes a COCO number.
     """
     return [
         entry
@@ -23,15 +24,16 @@ def to_coco_detections(
     ]
 
 
-def _entries(found: Detections, image_id: int, categories: Sequence[Category]) -> list[dict[str, Any]]:
+def _entries(found: Detections, image_id: int, categories: Sequence[Category | None]) -> list[dict[str, Any]]:
     return [
         {
             "image_id": image_id,
-            "category_id": categories[label].id,
+            "category_id": category.id,
             "bbox": [round(x1, 2), round(y1, 2), round(x2 - x1, 2), round(y2 - y1, 2)],
             "score": round(score, 6),
         }
         for score, label, (x1, y1, x2, y2) in zip(
             found.scores.tolist(), found.labels.tolist(), found.boxes.tolist(), strict=True
         )
+        if (category := categories[label]) is not None and category.name
     ]

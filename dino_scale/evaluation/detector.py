@@ -19,14 +19,17 @@ from dino_scale.training import distributed
 def detect_all(
     model: Dino,
     batches: Iterable[Batch],
-    categories: Sequence[Category],
+    categories: Sequence[Category | None],
     *,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     detections: int,
     precision: str,
 ) -> list[dict[str, Any]]:
-    """Detections of this rank's `batches` in COCO format (raw category ids, x, y, width, height in original pixels)."""
+    """Detections of this rank's `batches` in COCO format (raw category ids, x, y, width, height in original pixels).
+
+    categories: of each class row of the model; detections of a row that is None are left out.
+    """
     device = next(model.parameters()).device
     model.eval()
     found: list[dict[str, Any]] = []

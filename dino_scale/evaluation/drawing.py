@@ -58,13 +58,14 @@ def draw_boxes(
 
 
 def detection_boxes(detections: Detections, categories: Sequence[Category], smallest_score: float) -> list[LabelledBox]:
-    """The detections with at least `smallest_score`, labelled "name 0.87", one colour per class, best first."""
+    """The detections with at least `smallest_score`, labelled "name 0.87", one colour per class, best first; none of
+    a nameless class."""
     return [
         LabelledBox((x1, y1, x2, y2), f"{categories[label].name} {score:.2f}", class_colour(label))
         for score, label, (x1, y1, x2, y2) in zip(
             detections.scores.tolist(), detections.labels.tolist(), detections.boxes.tolist(), strict=True
         )
-        if score >= smallest_score
+        if score >= smallest_score and categories[label].name
     ]
 
 

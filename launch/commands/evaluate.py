@@ -16,7 +16,7 @@ from dino_scale.errors import DataError
 from dino_scale.evaluation.coco import evaluate_detections
 from dino_scale.evaluation.detector import detect_all
 from dino_scale.evaluation.result import EvaluationResult
-from dino_scale.structures import Batch
+from dino_scale.structures import Batch, Category
 from launch.detector import Detector, open_detector
 from launch.progress import number
 from launch.run_folder import require_new, write_text
@@ -28,8 +28,8 @@ def run(arguments: argparse.Namespace) -> None:
         require_new(arguments.out)
     index = Index.open(arguments.data)
     detector = open_detector(arguments.weights)
-    _require_same_classes(detector, index, arguments)
-    found = _detect(detector, index, arguments.precision, console)
+    rows = _class_rows(detector, index, arguments)
+    found = _detect(detector, index, rows, arguments.precision, console)
     result = evaluate_detections(ground_truth(index), found)
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -38,19 +38,26 @@ def run(arguments: argparse.Namespace) -> None:
     _show(result, console)
 
 
-def _require_same_classes(detector: Detector, index: Index, arguments: argparse.Namespace) -> None:
+def _class_rows(detector: Detector, index: Index, arguments: argparse.Namespace) -> list[Category | None]:
+    """What each class row of the detector is in the data: the class of the same name, None where there is none."""
     known, given = detector.weights.categories, index.categories
     if known == given:
-        return
-    missing = [category.name for category in given if category not in known][:3]
-    raise DataError(
-        f"{arguments.data} has {len(given)} classes, {arguments.weights} was trained on {len(known)}"
-        f"{f' and does not know {missing}' if missing else ''}: expected the same ids and names; "
-        "pack the data with the category list of the training data"
-    )
+        return list(given)
+    by_name = {category.name.casefold(): category for category in given}
+    rows = [by_name.get(category.name.casefold()) if category.name else None for category in known]
+    found = {row.id for row in rows if row is not None}
+    missing = [category.name for category in given if category.id not in found]
+    if missing:
+        raise DataError(
+            f"{arguments.data} has {len(given)} classes, of which {arguments.weights} does not know {missing[:3]}: "
+            "expected classes it was trained on; pack the data with the category names of the training data"
+        )
+    return rows
 
 
-def _detect(detector: Detector, index: Index, precision: str, console: Console) -> list[dict]:
+def _detect(
+    detector: Detector, index: Index, rows: list[Category | None], precision: str, console: Console
+) -> list[dict]:
     preparation = detector.weights.preparation
     batches = evaluation_batches(
         index, short_side=preparation.short_side, max_size=preparation.max_size, microbatch=1, rank=0, world=1
@@ -58,7 +65,7 @@ def _detect(detector: Detector, index: Index, precision: str, console: Console) 
     return detect_all(
         detector.model,
         _counted(batches, len(index), console),
-        index.categories,
+        rows,
         mean=preparation.mean,
         std=preparation.std,
         detections=EvaluationConfig().detections,

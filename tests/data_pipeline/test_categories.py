@@ -4,7 +4,9 @@ from data_pipeline.categories import (
     objects365_categories,
     objects365_misspelt,
     objects365_name_of,
+    rows_by_raw_id,
 )
+from dino_scale.structures import Category
 
 
 def test_tables_have_the_published_size_and_ids() -> None:
@@ -28,3 +30,8 @@ def test_spellings() -> None:
     assert objects365_name_of("unicorn") is None
     assert objects365_misspelt()["Moniter/TV"] == "Monitor/TV"
     assert objects365_misspelt()["Formula 1 "] == "Formula 1"
+
+
+def test_rows_by_raw_id_leave_gaps_nameless() -> None:
+    rows = rows_by_raw_id((Category(3, "c"), Category(1, "a")), 5)
+    assert rows == (Category(0, ""), Category(1, "a"), Category(2, ""), Category(3, "c"), Category(4, ""))
