@@ -64,16 +64,20 @@ class Criterion:
     def _parts(
         self, logits: Tensor, boxes: Tensor, targets: Targets, image: Tensor, query: Tensor, count: float | Tensor
     ) -> Tensor:
-        """(3, Lyr): class, box and giou loss of each layer. image: (T,) of each target, query: (Lyr, T) for it."""
+        """(3, Lyr): class, box and giou loss of each layer. image: (T,) of each target, query: (Lyr, T) for it, or -1.
+
+        Targets without a query teach nothing. They are counted out, not cut out, which would need a host sync.
+        """
         layer = torch.arange(len(logits), device=logits.device)[:, None].expand_as(query)
-        places = (layer, image.expand_as(query), query)
+        matched = (query >= 0).float()
+        places = (layer, image.expand_as(query), query.clamp(min=0))
         wanted = torch.zeros(logits.shape, device=logits.device)
-        wanted[(*places, targets.labels.expand_as(query))] = 1.0
+        wanted.index_put_((*places, targets.labels.expand_as(query)), matched, accumulate=True)
         config = self.config
         classes = focal_loss(logits.float(), wanted, config.focal_alpha, config.focal_gamma).sum((1, 2, 3))
         found = boxes[places].float()
-        distance = functional.l1_loss(found, targets.boxes.expand_as(found), reduction="none").sum((1, 2))
-        overlap = (1 - giou(to_corners(found), to_corners(targets.boxes))).sum(1)
+        distance = (functional.l1_loss(found, targets.boxes.expand_as(found), reduction="none").sum(2) * matched).sum(1)
+        overlap = ((1 - giou(to_corners(found), to_corners(targets.boxes))) * matched).sum(1)
         return torch.stack([classes, distance, overlap]) / count
 
     def _weighted(self, parts: Tensor, weights: list[float]) -> Tensor:
