@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dino_scale.checkpoint.manifest import tensor_key, verify
+from dino_scale.checkpoint.manifest import Piece, tensor_key, verify
 from dino_scale.checkpoint.store import COMMON
 from dino_scale.errors import CheckpointError
 
@@ -26,11 +26,12 @@ def read_whole(folder: Path, kind: str = "fp32") -> dict[str, Tensor]:
     state = load_file(folder / COMMON)
     for name, shape in manifest.parameters.items():
         pieces = manifest.pieces.get(name, ())
-        values = []
-        for piece in pieces:
-            with safe_open(folder / piece.file, framework="pt") as file:
-                values.append(file.get_tensor(tensor_key(kind, name, piece.start)))
         if sum(piece.numel for piece in pieces) != math.prod(shape):
             raise CheckpointError(f"{folder}: parameter {name} is not whole, its manifest is incomplete")
-        state[name] = torch.cat(values).view(shape)
+        state[name] = torch.cat([_read(folder, kind, name, piece) for piece in pieces]).view(shape)
     return state
+
+
+def _read(folder: Path, kind: str, name: str, piece: Piece) -> Tensor:
+    with safe_open(folder / piece.file, framework="pt") as file:
+        return file.get_tensor(tensor_key(kind, name, piece.start))

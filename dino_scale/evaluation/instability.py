@@ -69,7 +69,7 @@ def instability(before: Sequence[Tensor], after: Sequence[Tensor]) -> Instabilit
     pairs = list(zip(before, after, strict=True))
     if not pairs:
         return Instability(0.0, 0.0)
-    share = sum(float((old != new).float().mean()) for old, new in pairs) / len(pairs)
+    share = sum(int((old != new).sum()) / len(old) for old, new in pairs) / len(pairs)
     queries = sum(_changed_queries(old, new) for old, new in pairs) / len(pairs)
     return Instability(share, queries)
 

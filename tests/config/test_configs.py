@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from dino_scale.config.decode import load_chain
-from dino_scale.config.schema import ModelConfig
+from dino_scale.config.schema import LossConfig, ModelConfig
+from dino_scale.loss.criterion import Criterion
 from dino_scale.model.dino import build_model
 from dino_scale.training.schedule import rate_factor, total_steps
 from launch.cli import main
 from launch.plan import model_size
+from tests.support.tiny_detector import CLASSES, generator, images, targets
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CHAINS = sorted((CONFIGS / "chain").rglob("*.yaml"))
@@ -113,3 +116,41 @@ def test_paper_recipe() -> None:
     assert coco.augmentation.max_size == int(objects365.augmentation.max_size * 1.5)
     assert chain.model.denoising.queries == 1000 and chain.model.levels == 5
     assert coco.start.stage == "objects365"
+
+
+ANCESTORS = ("deformable_detr", "dab_deformable_detr", "dn_deformable_detr", "dino")
+
+
+def test_ancestors_differ_in_switches_alone(tmp_path: Path) -> None:
+    switches = {"query_selection", "query_form", "look_forward", "denoising"}
+    models = {name: model_of(CONFIGS / "model" / "ancestors" / f"{name}.yaml", tmp_path) for name in ANCESTORS}
+    plain = [replace(model, **{name: getattr(ModelConfig(), name) for name in switches}) for model in models.values()]
+    assert all(model == plain[0] for model in plain)
+    chosen = {
+        name: (model.query_selection, model.query_form, model.look_forward, model.denoising.kind)
+        for name, model in models.items()
+    }
+    assert chosen == {
+        "deformable_detr": ("pure", "point", "once", "none"),
+        "dab_deformable_detr": ("none", "anchor", "once", "none"),
+        "dn_deformable_detr": ("none", "anchor", "once", "plain"),
+        "dino": ("mixed", "anchor", "twice", "contrastive"),
+    }
+
+
+@pytest.mark.parametrize("name", ANCESTORS)
+def test_every_ancestor_learns(name: str, tmp_path: Path) -> None:
+    """The real files, a few steps on two pictures."""
+    config = replace(model_of(CONFIGS / "model" / "ancestors" / f"{name}.yaml", tmp_path), attention="reference")
+    torch.manual_seed(0)
+    model = build_model(config, CLASSES).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    boxes, losses = targets(2, 1), []
+    for step in range(6):
+        outputs = model(*images(2), boxes, generator(step))
+        loss = Criterion(LossConfig())(outputs, boxes, 3.0)["total"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]

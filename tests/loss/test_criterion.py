@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino_scale.boxes import giou, to_corners
 from dino_scale.config.schema import LossConfig
@@ -191,3 +193,33 @@ def test_five_hundred_boxes_in_one_image() -> None:
     assert outputs.denoising is not None
     for tensor in (outputs.logits, outputs.boxes, outputs.denoising.logits, outputs.denoising.boxes):
         assert tensor.grad is not None and bool(torch.isfinite(tensor.grad).all())
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is computed, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if not func.is_view:
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_all_layers_pass_at_once() -> None:
+    """The work is the same number of operations for two layers as for three, and none of them asks for a value."""
+    counts = (3, 0, 5)
+    whole, boxes = outputs_for(counts), targets(*counts)
+    assert whole.denoising is not None
+    denoising = replace(whole.denoising, logits=whole.denoising.logits[:2], boxes=whole.denoising.boxes[:2])
+    fewer = replace(whole, logits=whole.logits[:2], boxes=whole.boxes[:2], denoising=denoising)
+    seen = []
+    for outputs in (whole, fewer):
+        with Operations() as operations:
+            Criterion(LossConfig())(outputs, boxes, box_count=8.0)
+        seen.append(operations.counts)
+    assert seen[0] == seen[1]
+    assert sum(seen[0].values()) > 50
+    assert not [name for name in seen[0] if "_local_scalar_dense" in name or "nonzero" in name]

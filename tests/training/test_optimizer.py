@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_rate_never_rises_towards_the_stem(backbone: BackboneConfig) -> None:
             by_stage.setdefault(int(match[1]), set()).add(depth)
     ordered = [by_stage[stage] for stage in sorted(by_stage)]
     assert len(ordered) == 4
-    assert all(min(early) >= max(late) for early, late in zip(ordered, ordered[1:], strict=False))
+    assert all(min(early) >= max(late) for early, late in pairwise(ordered))
     stem = next(iter(depths.values()))
     assert stem == max(depths.values()) > max(ordered[0])
 
