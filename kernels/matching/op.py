@@ -54,7 +54,8 @@ def match(
     layers, targets = logits.shape[0], labels.shape[0]
     if layers == 0 or targets == 0:
         return torch.zeros((layers, targets), dtype=torch.int64, device=logits.device)
-    image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(list(counts))).to(logits.device)
+    image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(list(counts)))
+    image = image.to(logits.device, non_blocking=True)
     # On a CPU a few targets at a time, so that the twenty-odd intermediate results stay in the cache.
     cells = layers * logits.shape[2]
     step = targets if logits.device.type == "cuda" else max(1, CELLS_IN_CACHE // cells)
