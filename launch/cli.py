@@ -62,7 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
         f"{_DEBUG}=1 shows where an error arose.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_demo, _pack, _plan, _train, _resume, _evaluate, _predict, _report, _import_official, _export):
+    for add in (_demo, _pack, _plan, _train, _resume, _evaluate, _predict, _report):
+        add(commands)
+    for add in (_import_official, _export, _bench):
         add(commands)
     return parser
 
@@ -244,6 +246,26 @@ def _export(commands: Commands) -> None:
     parser.add_argument("--weights", type=Path, required=True, metavar="W")
     parser.add_argument("--format", choices=("official", "safetensors"), required=True)
     parser.add_argument("--out", type=Path, required=True, metavar="X", help="new file")
+
+
+def _bench(commands: Commands) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.bench import ladder
+
+        ladder(options)
+
+    example = "dino-scale bench ladder --steps 800 --images 1600 --out ladder.csv"
+    parser = _command(commands, "bench", "measurements on this machine", example, run)
+    what = parser.add_subparsers(title="what is measured", metavar="WHAT", required=True)
+    text = "DINO and the detectors it descends from, trained alike on synthetic pictures"
+    parser = _command(what, "ladder", text, example, run)
+    parser.add_argument("--steps", type=int, default=800, metavar="N", help="optimizer steps; default 800")
+    parser.add_argument("--images", type=int, default=1600, metavar="N", help="training pictures; default 1600")
+    parser.add_argument("--validation", type=int, default=200, metavar="N", help="validation pictures; default 200")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="default: 0")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="1 (default): this process; more: Ray")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="new file; default R/ladder.csv")
+    parser.add_argument("--run-dir", type=Path, metavar="R", help="new folder; default runs/ladder-DATE-TIME")
 
 
 def _share(text: str) -> float:

@@ -11,7 +11,8 @@ from data_pipeline.index import Index
 from data_pipeline.loader import microbatches_per_rank
 from dino_scale.config.schema import ChainConfig, ModelConfig, StageConfig
 from dino_scale.errors import ConfigError, DataError
-from dino_scale.model.dino import build_model
+from dino_scale.model.dino import Dino, build_model
+from dino_scale.training.optimizer import group_table, parameter_groups
 from dino_scale.training.schedule import total_steps
 
 ASSUMED_CLASSES = 80  # where no data is there to count them
@@ -76,13 +77,26 @@ def plan_stages(config: ChainConfig) -> list[StagePlan]:
 
 def model_size(config: ModelConfig, classes: int) -> ModelSize:
     """Counted on a model without storage."""
-    with torch.device("meta"):
-        model = build_model(config, classes, pretrained=False)
+    model = _without_storage(config, classes)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     persistent = model.state_dict().keys()
     buffers = sum(buffer.numel() for name, buffer in model.named_buffers() if name in persistent)
     return ModelSize(trained, frozen, buffers)
+
+
+def group_tables(config: ChainConfig, classes: int) -> dict[tuple[tuple[str, ...], ...], list[str]]:
+    """Every different table of parameter groups in the chain (headings first), and the stages that have it."""
+    model = _without_storage(config.model, classes)
+    tables: dict[tuple[tuple[str, ...], ...], list[str]] = {}
+    for name, stage in config.stages.items():
+        tables.setdefault(tuple(group_table(parameter_groups(model, stage.optimizer))), []).append(name)
+    return tables
+
+
+def _without_storage(config: ModelConfig, classes: int) -> Dino:
+    with torch.device("meta"):
+        return build_model(config, classes, pretrained=False)
 
 
 def memory(size: ModelSize, zero_stage: int, workers: int, average: bool) -> Memory:

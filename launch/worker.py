@@ -30,7 +30,7 @@ from dino_scale.training.ema import KIND as AVERAGE
 from dino_scale.training.ema import WeightAverage
 from dino_scale.training.metrics import MetricsLog
 from dino_scale.training.objective import Objective
-from dino_scale.training.optimizer import parameter_groups
+from dino_scale.training.optimizer import aligned, group_table, parameter_groups
 from dino_scale.training.schedule import total_steps
 from dino_scale.training.trainer import Progress, StageLength, Trainer
 from dino_scale.training.zero import ZeroEngine
@@ -138,10 +138,13 @@ class _StageRun:
     def _build_engine(self, model: Dino) -> ZeroEngine:
         data, optimizer = self.config.data, self.config.optimizer
         criterion = Criterion(self.config.loss)
+        groups = parameter_groups(model, optimizer)
+        for line in aligned(group_table(groups)):
+            self._say(line)
         return ZeroEngine(
             Objective(model, criterion, precision=self.config.precision, mean=data.mean, std=data.std),
             model,
-            parameter_groups(model, optimizer),
+            groups,
             stage=self.config.zero_stage,
             microbatch=self.config.batch.microbatch,
             accumulation=self.accumulation,

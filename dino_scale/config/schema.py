@@ -141,10 +141,17 @@ class OptimizerConfig:
 
     learning_rate: float = 1e-4
     backbone_learning_rate: float = 1e-5
+    backbone_layer_decay: float = 1.0  # factor on the backbone's rate per block away from its last one; 1: one rate
     weight_decay: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     clip_norm: float = 0.1  # L2 norm of the whole gradient; 0: no clipping
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.backbone_layer_decay <= 1,
+            f"optimizer.backbone_layer_decay is {self.backbone_layer_decay}: expected above 0 and at most 1",
+        )
 
 
 @dataclass(frozen=True)

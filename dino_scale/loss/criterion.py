@@ -37,17 +37,16 @@ class Criterion:
         image = _image_of_targets(targets, logits.device)
         query = match_layers(logits, boxes, targets, self.config)
         names = [f"decoder{layer}" for layer in range(len(outputs.logits))]
-        weights = [1.0] * len(names)
         if outputs.encoder_logits is not None:
             names.append("encoder")
-            weights.append(self.config.encoder_weight)
         matching = self._parts(logits, boxes, targets, image, query, box_count)
         losses = _named(names, matching)
-        total = self._weighted(matching, weights)
+        decoder, encoder = self._weighted(matching).tensor_split([len(outputs.logits)])
+        total = decoder.sum() + self.config.encoder_weight * encoder.sum()
         if outputs.denoising is not None:
             denoising = self._denoising_parts(outputs.denoising, targets, image, box_count)
             losses |= _named([f"denoising{layer}" for layer in range(len(outputs.logits))], denoising)
-            total = total + self._weighted(denoising, [1.0] * len(outputs.logits))
+            total = total + self._weighted(denoising).sum()
         return {"total": total, **losses}
 
     def _denoising_parts(
@@ -64,22 +63,27 @@ class Criterion:
     def _parts(
         self, logits: Tensor, boxes: Tensor, targets: Targets, image: Tensor, query: Tensor, count: float | Tensor
     ) -> Tensor:
-        """(3, Lyr): class, box and giou loss of each layer. image: (T,) of each target, query: (Lyr, T) for it."""
+        """(3, Lyr): class, box and giou loss of each layer. image: (T,) of each target, query: (Lyr, T) for it, or -1.
+
+        Targets without a query teach nothing. They are counted out, not cut out, which would need a host sync.
+        """
         layer = torch.arange(len(logits), device=logits.device)[:, None].expand_as(query)
-        places = (layer, image.expand_as(query), query)
+        matched = (query >= 0).float()
+        places = (layer, image.expand_as(query), query.clamp(min=0))
         wanted = torch.zeros(logits.shape, device=logits.device)
-        wanted[(*places, targets.labels.expand_as(query))] = 1.0
+        wanted.index_put_((*places, targets.labels.expand_as(query)), matched, accumulate=True)
         config = self.config
         classes = focal_loss(logits.float(), wanted, config.focal_alpha, config.focal_gamma).sum((1, 2, 3))
         found = boxes[places].float()
-        distance = functional.l1_loss(found, targets.boxes.expand_as(found), reduction="none").sum((1, 2))
-        overlap = (1 - giou(to_corners(found), to_corners(targets.boxes))).sum(1)
+        distance = (functional.l1_loss(found, targets.boxes.expand_as(found), reduction="none").sum(2) * matched).sum(1)
+        overlap = ((1 - giou(to_corners(found), to_corners(targets.boxes))) * matched).sum(1)
         return torch.stack([classes, distance, overlap]) / count
 
-    def _weighted(self, parts: Tensor, weights: list[float]) -> Tensor:
-        """Weighted sum of parts (3, Lyr)."""
-        by_part = parts.new_tensor([self.config.class_weight, self.config.box_weight, self.config.giou_weight])
-        return (parts * by_part[:, None] * parts.new_tensor(weights)).sum()
+    def _weighted(self, parts: Tensor) -> Tensor:
+        """(Lyr,) weighted sums of parts (3, Lyr). The weights stay numbers: a tensor of them would be a host sync."""
+        classes, distance, overlap = parts.unbind(0)
+        config = self.config
+        return config.class_weight * classes + config.box_weight * distance + config.giou_weight * overlap
 
 
 def focal_loss(logits: Tensor, wanted: Tensor, alpha: float, gamma: float) -> Tensor:

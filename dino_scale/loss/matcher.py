@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from dino_scale.config.schema import LossConfig
-from dino_scale.errors import DataError
 from dino_scale.structures import Targets
 from kernels.matching import match
 
@@ -14,14 +13,10 @@ from kernels.matching import match
 def match_layers(logits: Tensor, boxes: Tensor, targets: Targets, config: LossConfig) -> Tensor:
     """For every layer and every box, the query of its image matched to it: (Lyr, T) int64.
 
-    logits: (Lyr, B, Q, C). boxes: (Lyr, B, Q, 4) centred. Raises DataError for an image with more boxes than queries.
+    logits: (Lyr, B, Q, C). boxes: (Lyr, B, Q, 4) centred. An image with more boxes than queries leaves as many boxes
+    without one as it has too many, those that cost least to leave; they have -1. That is rare (crowded Objects365
+    images, images with fewer tokens than queries) and no reason to stop a run of days.
     """
-    most, queries = max(targets.counts, default=0), logits.shape[2]
-    if most > queries:
-        raise DataError(
-            f"an image has {most} boxes but only {queries} queries can answer: raise model.queries to at least {most} "
-            "(an image with fewer tokens than model.queries gives one query per token: enlarge augmentation.scales)"
-        )
     with torch.no_grad():
         return match(
             logits.detach().float(),

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from dino_scale.config.schema import BackboneConfig
 from dino_scale.errors import ConfigError
-from dino_scale.model.backbone_weights import load_backbone_weights
+from dino_scale.model.backbone_weights import load_backbone_weights, name_in_timm
 from dino_scale.model.norms import FrozenBatchNorm, group_norm
 from dino_scale.torchvision_compat import ensure_importable
 
@@ -25,6 +25,7 @@ ensure_importable()
 import timm  # noqa: E402
 from timm.layers import BatchNormAct2d  # noqa: E402
 from timm.models._features import FeatureListNet  # noqa: E402
+from timm.models._manipulate import group_with_matcher  # noqa: E402
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse  # noqa: E402
 
 _SWIN = "swin_"
@@ -40,6 +41,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: BackboneConfig, pretrained: bool) -> None:
         super().__init__()
+        self.config = config
         self.body = _create(config)
         if pretrained and config.weights:
             load_backbone_weights(self.body, Path(config.weights), config.name)
@@ -60,6 +62,18 @@ class Backbone(nn.Module):
         height, width = images.shape[-2:]
         images = functional.pad(images, (0, -width % self.multiple, 0, -height % self.multiple))
         return [self._normed(one, norm) for one, norm in zip(self.body(images), self.norms, strict=True)]
+
+    def depths(self) -> dict[str, int]:
+        """How many blocks (timm's own grouping) lie between each parameter and the backbone's end; 0: in the last.
+
+        Names as in `named_parameters()`. The norms of the outputs, which timm does not have, are at 0.
+        """
+        matcher = _group_matcher(self.config)
+        names = {name_in_timm(name): name for name, _ in self.body.named_parameters()}
+        order = group_with_matcher(((name, name) for name in names), matcher, reverse=True)
+        last = max(order.values())
+        depths = {f"body.{names[name]}": last - place for name, place in order.items()}
+        return {name: depths.get(name, 0) for name, _ in self.named_parameters()}
 
     def _normed(self, feature: Tensor, norm: nn.Module) -> Tensor:
         if isinstance(norm, nn.Identity):
@@ -96,6 +110,17 @@ def _create(config: BackboneConfig) -> Any:
             "(ResNet, Swin, ConvNeXt, ...)"
         )
     return body
+
+
+def _group_matcher(config: BackboneConfig) -> Any:
+    """timm's rule for which parameters make a block; only the whole network has it, not the feature network."""
+    with torch.device("meta"):
+        whole = timm.create_model(config.name, pretrained=False, **config.arguments)
+    if not hasattr(whole, "group_matcher"):
+        raise ConfigError(
+            f"optimizer.backbone_layer_decay: timm has no group_matcher for {config.name}; expected 1.0 with it"
+        )
+    return whole.group_matcher(coarse=False)
 
 
 def _replace_batch_norm(body: nn.Module, config: BackboneConfig) -> None:

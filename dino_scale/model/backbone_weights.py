@@ -25,13 +25,13 @@ def load_backbone_weights(body: nn.Module, path: Path, architecture: str) -> Non
     weights = _read(path)
     state = {}
     for name, own in body.state_dict().items():
-        found = weights.get(name, weights.get(_name_in_file(name)))
+        found = weights.get(name, weights.get(name_in_timm(name)))
         if name.endswith(_COUNTER):
             state[name] = own
         elif found is None or found.shape != own.shape:
             got = "is missing" if found is None else f"has shape {tuple(found.shape)}"
             raise DataError(
-                f"model.backbone.weights {path}: '{_name_in_file(name)}' {got}, expected shape {tuple(own.shape)}; "
+                f"model.backbone.weights {path}: '{name_in_timm(name)}' {got}, expected shape {tuple(own.shape)}; "
                 f"give timm weights of {architecture}"
             )
         else:
@@ -39,7 +39,7 @@ def load_backbone_weights(body: nn.Module, path: Path, architecture: str) -> Non
     body.load_state_dict(state)
 
 
-def _name_in_file(name: str) -> str:
+def name_in_timm(name: str) -> str:
     """timm's feature networks join the first two parts of some names: layers_0.x is layers.0.x in a file."""
     return re.sub(r"^([a-z_]+)_(\d+)\.", r"\1.\2.", name)
 

@@ -17,8 +17,8 @@ def normalise(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> tupl
     padding mask: (B, H, W) bool, True on padding.
     """
     device = batch.images.device
-    scale = 1 / (255 * torch.tensor(std, device=device)).view(1, 3, 1, 1)
-    shift = (torch.tensor(mean, device=device) / torch.tensor(std, device=device)).view(1, 3, 1, 1)
+    scale = (1 / (255 * torch.tensor(std))).view(1, 3, 1, 1).to(device, non_blocking=True)
+    shift = (torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1).to(device, non_blocking=True)
     padding = batch.padding_mask()
     images = (batch.images * scale - shift).masked_fill(padding[:, None], 0)
     return images, padding

@@ -23,6 +23,7 @@ class Queries:
     content: (B, Q, C). reference: (B, Q, 2 | 4) float32, a point or a centred box in logit space.
     position: (B, Q, C), the positional query of all layers; None where each layer makes it from its boxes.
     encoder_logits (B, Q, C), encoder_boxes (B, Q, 4) in [0, 1]: of the selected proposals; None without selection.
+    tokens: (B, Q) int64, the token of the memory that each query was selected from; None without selection.
     """
 
     content: Tensor
@@ -30,6 +31,7 @@ class Queries:
     position: Tensor | None = None
     encoder_logits: Tensor | None = None
     encoder_boxes: Tensor | None = None
+    tokens: Tensor | None = None
 
 
 class LearnedQueries(nn.Module):
@@ -103,6 +105,7 @@ class SelectedQueries(nn.Module):
             position=self._positions(reference) if self.points else None,
             encoder_logits=self.class_head(chosen),
             encoder_boxes=boxes.sigmoid(),
+            tokens=indices,
         )
 
     def _features(self, memory: Tensor, usable: Tensor) -> Tensor:

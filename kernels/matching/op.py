@@ -40,19 +40,22 @@ def match(
     """The query of every target in every layer, (Lyr, T) int64 on the device of `logits`, counted within its image.
 
     Each (layer, image) is one linear assignment problem (DETR, section 3.1): every target gets a query of its own and
-    the sum of costs is minimal. Cost = class_cost * focal + box_cost * L1 - giou_cost * GIoU, in float32; a NaN or
-    infinite cost counts as BROKEN_COST. The same inputs give the same result, ties included.
+    the sum of costs is minimal. In an image with more targets than queries every query gets a target, and the targets
+    left over have -1; the sum is minimal again (so does the official matcher). Cost = class_cost * focal +
+    box_cost * L1 - giou_cost * GIoU, in float32; a NaN or infinite cost counts as BROKEN_COST. The same inputs give the
+    same result, ties included.
 
     logits: (Lyr, B, N, C), any floating type. boxes: (Lyr, B, N, 4) as cx, cy, w, h.
     labels: (T,) int64 and target_boxes: (T, 4), images one after the other; counts: targets per image, length B.
     On CUDA the costs are computed on the device and copied to the host once, for all layers together.
-    Raises ValueError where an image has more targets than queries, or counts do not fit the other arguments.
+    Raises ValueError where counts do not fit the other arguments.
     """
     _check(logits, boxes, labels, target_boxes, counts)
     layers, targets = logits.shape[0], labels.shape[0]
     if layers == 0 or targets == 0:
         return torch.zeros((layers, targets), dtype=torch.int64, device=logits.device)
-    image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(list(counts))).to(logits.device)
+    image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(list(counts)))
+    image = image.to(logits.device, non_blocking=True)
     # On a CPU a few targets at a time, so that the twenty-odd intermediate results stay in the cache.
     cells = layers * logits.shape[2]
     step = targets if logits.device.type == "cuda" else max(1, CELLS_IN_CACHE // cells)
@@ -82,12 +85,6 @@ def _check(logits: Tensor, boxes: Tensor, labels: Tensor, target_boxes: Tensor, 
             f"match: counts {list(counts)} must have one entry per image ({logits.shape[1]}) and sum to the number of "
             f"targets ({labels.shape[0]})"
         )
-    for image, count in enumerate(counts):
-        if count > logits.shape[2]:
-            raise ValueError(
-                f"match: image {image} of the batch has {count} targets but the model only {logits.shape[2]} queries; "
-                "use more queries or keep fewer boxes per image"
-            )
 
 
 def _focal_cost(logits: Tensor, alpha: float) -> Tensor:
@@ -123,7 +120,7 @@ def _corners(box: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _assign(cost: NDArray[np.float32], counts: Sequence[int]) -> NDArray[np.int64]:
-    """(Lyr, T) query indices from cost (T, Lyr, N); one problem per layer and image."""
+    """(Lyr, T) query indices, -1 for none, from cost (T, Lyr, N); one problem per layer and image."""
     targets, layers, _ = cost.shape
     stops = np.cumsum(counts)
     problems = [
@@ -132,11 +129,12 @@ def _assign(cost: NDArray[np.float32], counts: Sequence[int]) -> NDArray[np.int6
         for layer in range(layers)
         if count
     ]
-    result = np.empty((layers, targets), np.int64)
+    result = np.full((layers, targets), -1, np.int64)
 
     def solve(first: int, last: int) -> None:
         for layer, start, stop in problems[first:last]:
-            result[layer, start:stop] = linear_sum_assignment(cost[start:stop, layer])[1]
+            matched, query = linear_sum_assignment(cost[start:stop, layer])
+            result[layer, start + matched] = query
 
     if cost.size < CELLS_WORTH_THREADS:
         solve(0, len(problems))

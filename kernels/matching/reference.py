@@ -63,7 +63,7 @@ def match_reference(
     alpha: float,
 ) -> Tensor:
     """The same arguments and result as `match`; finite costs only."""
-    result = torch.empty((logits.shape[0], labels.shape[0]), dtype=torch.int64)
+    result = torch.full((logits.shape[0], labels.shape[0]), -1, dtype=torch.int64)
     for layer in range(logits.shape[0]):
         stop = 0
         for image, count in enumerate(counts):

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from dino_scale.config.decode import load_chain
 from dino_scale.config.schema import ChainConfig
-from launch.plan import ASSUMED_CLASSES, DataPlan, ModelSize, StagePlan, memory, model_size, plan_stages
+from launch.plan import ASSUMED_CLASSES, DataPlan, ModelSize, StagePlan, group_tables, memory, model_size, plan_stages
 
 _MEGABYTE = 1e6
 
@@ -24,6 +24,8 @@ def run(arguments: argparse.Namespace) -> None:
     for line in _missing(stages):
         console.print(line, soft_wrap=True)
     console.print(_model_line(size, classes), soft_wrap=True)
+    for rows, names in group_tables(config, classes or ASSUMED_CLASSES).items():
+        console.print(_group_table(rows, names))
     console.print(_memory_table(config, size, stages[0].workers))
 
 
@@ -59,6 +61,15 @@ def _model_line(size: ModelSize, classes: int) -> str:
         f"model: {size.trained + size.frozen:,} parameters, {size.frozen:,} of them frozen, "
         f"with {classes or ASSUMED_CLASSES} classes{assumed}"
     )
+
+
+def _group_table(rows: tuple[tuple[str, ...], ...], stages: list[str]) -> Table:
+    table = Table(title=f"what trains in {', '.join(stages)}", title_justify="left")
+    for number, heading in enumerate(rows[0]):
+        table.add_column(heading, justify="right" if number else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
 
 
 def _memory_table(config: ChainConfig, size: ModelSize, workers: int) -> Table:

@@ -45,15 +45,17 @@ def check_optimal(arguments: tuple[Any, ...], **weights: float) -> Tensor:
         for image, count in enumerate(counts):
             start, stop = stop, stop + count
             queries = chosen[layer, start:stop]
-            assert len(set(queries.tolist())) == count
+            (matched,) = np.nonzero(queries.numpy() >= 0)
+            assert len(set(queries[matched].tolist())) == len(matched) == min(count, logits.shape[2])
+            assert bool((queries[queries < 0] == -1).all())
             if count == 0:
                 continue
-            assert int(queries.min()) >= 0 and int(queries.max()) < logits.shape[2]
+            assert int(queries.max()) < logits.shape[2]
             cost = matching_cost(
                 logits[layer, image], boxes[layer, image], labels[start:stop], target_boxes[start:stop], **weights
             ).numpy()
             best = cost[linear_sum_assignment(cost)].sum()
-            assert cost[queries.numpy(), np.arange(count)].sum() == pytest.approx(best, rel=1e-5, abs=1e-4)
+            assert cost[queries.numpy()[matched], matched].sum() == pytest.approx(best, rel=1e-5, abs=1e-4)
     return chosen
 
 
@@ -63,6 +65,14 @@ def test_is_optimal(counts: list[int], seed: int) -> None:
     arguments = draw(counts, seed=seed)
     chosen = check_optimal(arguments)
     assert torch.equal(chosen, match_reference(*arguments, **WEIGHTS))
+
+
+@pytest.mark.parametrize("counts", [[12, 3], [0, 30], [9, 9, 8], [8, 7]])
+def test_more_targets_than_queries_leave_the_dearest_out(counts: list[int]) -> None:
+    arguments = draw(counts, queries=8)
+    chosen = check_optimal(arguments)
+    assert torch.equal(chosen, match_reference(*arguments, **WEIGHTS))
+    assert int((chosen[0] < 0).sum()) == sum(max(0, count - 8) for count in counts)
 
 
 def test_weights_are_used() -> None:
@@ -142,9 +152,7 @@ def test_takes_bfloat16_and_tensors_that_need_gradients() -> None:
 
 
 def test_impossible_arguments_are_named() -> None:
-    logits, boxes, labels, target_boxes, counts = draw([3, 5], queries=4)
-    with pytest.raises(ValueError, match="image 1 of the batch has 5 targets but the model only 4 queries"):
-        match(logits, boxes, labels, target_boxes, counts, **WEIGHTS)
+    logits, boxes, labels, target_boxes, counts = draw([3, 5])
     with pytest.raises(ValueError, match=r"counts \[3, 4\] must have one entry per image \(2\) and sum .* \(8\)"):
         match(logits, boxes, labels, target_boxes, [3, 4], **WEIGHTS)
     with pytest.raises(ValueError, match="expected labels"):

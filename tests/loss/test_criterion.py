@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino_scale.boxes import giou, to_corners
 from dino_scale.config.schema import LossConfig
@@ -164,3 +166,60 @@ def test_a_batch_without_boxes_teaches_background_only() -> None:
     assert float(losses["decoder2/box"]) == 0 and float(losses["decoder2/giou"]) == 0
     assert boxes.grad is not None and not boxes.grad.any()
     assert logits.grad is not None and bool((logits.grad > 0).all())
+
+
+def test_boxes_beyond_the_queries_teach_nothing() -> None:
+    """An image with more boxes than queries learns from the boxes that were matched, as if only they were there."""
+    outputs = replace(outputs_for((QUERIES + 5, 2)), denoising=None)
+    boxes = targets(QUERIES + 5, 2)
+    config = LossConfig()
+    query = match_layers(outputs.logits, outputs.boxes, boxes, config)
+    assert [int((row < 0).sum()) for row in query] == [5] * LAYERS
+    losses = Criterion(config)(outputs, boxes, box_count=10.0)
+    for layer in range(LAYERS):
+        kept = torch.nonzero(query[layer] >= 0)[:, 0]
+        fewer = Targets(boxes.labels[kept], boxes.boxes[kept], (QUERIES, 2))
+        alone = Outputs(outputs.logits[layer : layer + 1], outputs.boxes[layer : layer + 1])
+        expected = Criterion(config)(alone, fewer, box_count=10.0)
+        for part in ("class", "box", "giou"):
+            torch.testing.assert_close(losses[f"decoder{layer}/{part}"], expected[f"decoder0/{part}"])
+
+
+def test_five_hundred_boxes_in_one_image() -> None:
+    """Nothing grows with boxes times boxes, and nothing is lost but the boxes beyond the queries."""
+    outputs, boxes = outputs_for((500, 0)), targets(500, 0)
+    losses = Criterion(LossConfig())(outputs, boxes, box_count=500.0)
+    losses["total"].backward()
+    assert outputs.denoising is not None
+    for tensor in (outputs.logits, outputs.boxes, outputs.denoising.logits, outputs.denoising.boxes):
+        assert tensor.grad is not None and bool(torch.isfinite(tensor.grad).all())
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is computed, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if not func.is_view:
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_all_layers_pass_at_once() -> None:
+    """The work is the same number of operations for two layers as for three, and none of them asks for a value."""
+    counts = (3, 0, 5)
+    whole, boxes = outputs_for(counts), targets(*counts)
+    assert whole.denoising is not None
+    denoising = replace(whole.denoising, logits=whole.denoising.logits[:2], boxes=whole.denoising.boxes[:2])
+    fewer = replace(whole, logits=whole.logits[:2], boxes=whole.boxes[:2], denoising=denoising)
+    seen = []
+    for outputs in (whole, fewer):
+        with Operations() as operations:
+            Criterion(LossConfig())(outputs, boxes, box_count=8.0)
+        seen.append(operations.counts)
+    assert seen[0] == seen[1]
+    assert sum(seen[0].values()) > 50
+    assert not [name for name in seen[0] if "_local_scalar_dense" in name or "nonzero" in name]

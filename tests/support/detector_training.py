@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,10 +12,12 @@ from dino_scale.loss.criterion import Criterion
 from dino_scale.model.dino import Dino, build_model
 from dino_scale.structures import Targets
 from dino_scale.training import distributed
+from dino_scale.training.ema import WeightAverage
 from dino_scale.training.optimizer import parameter_groups
-from dino_scale.training.zero import ZeroEngine
+from dino_scale.training.zero import StepOutcome, ZeroEngine
 from tests.support.tiny_detector import CLASSES, generator, images, targets, tiny
 
+DECAY = 0.75  # of the weight average; exact in binary
 # Boxes of the two images of each of the two microbatches, step by step.
 COUNTS = [((2, 1), (0, 3)), ((0, 0), (1, 2)), ((0, 0), (0, 0)), ((4, 0), (1, 1)), ((1, 1), (2, 2))]
 
@@ -31,14 +35,35 @@ class DetectorLoss(nn.Module):
 
 def train_detector(stage: int) -> tuple[list[float], dict[str, Tensor]]:
     """Global loss of each step, and all trained parameters at the end."""
+    engine, parts = build(stage)
+    losses = [train_step(engine, parts, step)[0] for step in range(len(COUNTS))]
+    return losses, engine.gather("fp32")
+
+
+def average_and_poison(stage: int) -> dict[str, Any]:
+    """Weights and average after a first step, then a step in which one microbatch of one rank has a NaN pixel."""
+    engine, parts = build(stage)
+    average = WeightAverage(engine, DECAY)
+    before = engine.gather("fp32")
+    _, first = train_step(engine, parts, 0)
+    average.update()
+    after = {kind: engine.gather(kind) for kind in engine.kinds}
+    loss, poisoned = train_step(engine, parts, 3, poison=1)
+    state = {kind: engine.gather(kind) for kind in engine.kinds}
+    applied = (first.applied, poisoned.applied)
+    return {"before": before, "after": after, "state": state, "applied": applied, "loss": loss}
+
+
+def build(stage: int) -> tuple[ZeroEngine, int]:
+    """The engine, one group per block of the backbone, and the microbatches that are this rank's in every step."""
     torch.manual_seed(0)
     model = build_model(tiny(denoising=DenoisingConfig(queries=4)), CLASSES).train()
-    world, rank = distributed.world_size(), distributed.rank()
-    parts = 2 // world
+    parts = 2 // distributed.world_size()
+    rates = OptimizerConfig(learning_rate=1e-3, backbone_learning_rate=1e-3, backbone_layer_decay=0.9)
     engine = ZeroEngine(
         DetectorLoss(model),
         model,
-        parameter_groups(model, OptimizerConfig(learning_rate=1e-3, backbone_learning_rate=1e-3)),
+        parameter_groups(model, rates),
         stage=stage,
         microbatch=2,
         accumulation=parts,
@@ -46,16 +71,22 @@ def train_detector(stage: int) -> tuple[list[float], dict[str, Tensor]]:
         betas=(0.9, 0.999),
         epsilon=1e-8,
     )
-    losses = []
-    for step, counts in enumerate(COUNTS):
-        total = torch.zeros(())
-        boxes_of_step = float(max(sum(map(sum, counts)), 1))
-        for number in range(rank * parts, (rank + 1) * parts):
-            seed = 10 * step + number
-            pixels, padding = images(2, seed=seed)
-            loss, _ = engine(pixels, padding, targets(*counts[number], seed=seed), boxes_of_step, seed)
-            engine.backward(loss * parts * world)
-            engine.step()
-            total += loss.detach()
-        losses.append(float(distributed.sum_over_ranks(total)))
-    return losses, engine.gather("fp32")
+    return engine, parts
+
+
+def train_step(engine: ZeroEngine, parts: int, step: int, poison: int = -1) -> tuple[float, StepOutcome]:
+    """Global loss and outcome of one step; `poison`: the microbatch with a pixel that is NaN."""
+    counts, rank = COUNTS[step], distributed.rank()
+    total, outcome = torch.zeros(()), None
+    boxes_of_step = float(max(sum(map(sum, counts)), 1))
+    for number in range(rank * parts, (rank + 1) * parts):
+        seed = 10 * step + number
+        pixels, padding = images(2, seed=seed)
+        if number == poison:
+            pixels[0, 0, 5, 5] = torch.nan
+        loss, _ = engine(pixels, padding, targets(*counts[number], seed=seed), boxes_of_step, seed)
+        engine.backward(loss * parts * distributed.world_size())
+        outcome = engine.step()
+        total += loss.detach()
+    assert outcome is not None
+    return float(distributed.sum_over_ranks(total)), outcome
