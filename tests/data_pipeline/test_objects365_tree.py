@@ -1,0 +1,229 @@
+"""A generated tree in the layout of the Objects365 v2 download, with every known defect planted once."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.categories import objects365_categories, objects365_misspelt
+from data_pipeline.doctor import check_shards, examine
+from data_pipeline.index import Index
+from data_pipeline.manifest import describe_file, read_manifest
+from data_pipeline.objects365 import KNOWN_MISSING
+from data_pipeline.pack import pack
+from data_pipeline.packing_plan import Selection
+from data_pipeline.reader import read_image
+from dino_scale.errors import DataError
+from launch.cli import main
+
+SIZE = (48, 32)  # width, height of every image
+EXIF_SIZE = (32, 48)  # what a viewer that turns images would see
+
+
+def pixels(number: int) -> np.ndarray:
+    coarse = np.random.default_rng(number).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    return coarse.repeat(8, axis=0).repeat(8, axis=1)
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+class Tree:
+    """train/patchN/x.jpg and val/images/vM/patchN/x.jpg; file names in the annotations say images/vM/patchN/x.jpg."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        published = {fixed: misspelt for misspelt, fixed in objects365_misspelt().items()}
+        names = [(row.id, published.get(row.name, row.name)) for row in objects365_categories()]
+        self.categories = [{"id": number, "name": name} for number, name in names]
+        self.train: dict[str, Any] = {"images": [], "annotations": [], "categories": self.categories}
+        self.val: dict[str, Any] = {"images": [], "annotations": [], "categories": self.categories}
+        self._defects()
+        for number in range(900, 907):
+            self.image(self.val, number, f"val/images/v2/patch16/{self.name(number, 2)}", version=2, patch=16)
+            self.box(self.val, number, [1, 2, 10, 12])
+        for part, name in ((self.train, "train"), (self.val, "val")):
+            (root / name).mkdir(exist_ok=True)
+            (root / name / f"zhiyuan_objv2_{name}.json").write_text(json.dumps(part))
+
+    @staticmethod
+    def name(number: int, version: int) -> str:
+        return f"objects365_v{version}_{number:08d}.jpg"
+
+    def image(
+        self, part: dict, number: int, place: str, data: bytes | None = None, size: tuple[int, int] = SIZE,
+        version: int = 1, patch: int = 0,
+    ) -> None:  # fmt: skip
+        path = self.root / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(Image.fromarray(pixels(number)), quality=95) if data is None else data)
+        self.entry(part, number, f"images/v{version}/patch{patch}/{path.name}", size)
+
+    def entry(self, part: dict, number: int, name: str, size: tuple[int, int] = SIZE) -> None:
+        part["images"].append({"id": number, "file_name": name, "width": size[0], "height": size[1], "license": 1})
+
+    def box(self, part: dict, image: int, bbox: list[float], **flags: int) -> None:
+        number = len(part["annotations"]) + 1
+        flags = {"iscrowd": 0, "isfake": 0, "isreflected": 0, **flags}
+        row = {"id": number, "image_id": image, "category_id": 1 + number % 365, "bbox": bbox, **flags}
+        part["annotations"].append({**row, "area": bbox[2] * bbox[3]})
+
+    def _defects(self) -> None:
+        train = self.train
+        self.image(train, 1, f"train/patch0/{self.name(1, 1)}")  # no images/v1 folders
+        self.image(train, 2, f"train/images/v2/patch16/{self.name(2, 2)}", version=2, patch=16)
+        self.image(train, 3, f"train/v1/patch3/{self.name(3, 1)}", patch=3)
+        self.image(train, 4, f"train/patch0/{self.name(4, 1)}", size=(999, 7))  # wrong width and height
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turn by 90 degrees
+        turned = encoded(Image.fromarray(pixels(5)), quality=95, exif=exif)
+        self.image(train, 5, f"train/patch0/{self.name(5, 1)}", turned, size=EXIF_SIZE)
+        grey = encoded(Image.fromarray(pixels(6)).convert("L"))
+        self.image(train, 6, f"train/patch0/{self.name(6, 1)}", grey)
+        self.image(train, 7, f"train/patch0/{self.name(7, 1)}", encoded(Image.fromarray(pixels(7)).convert("CMYK")))
+        self.image(train, 8, f"train/patch0/{self.name(8, 1)}", encoded(Image.fromarray(pixels(8)), "PNG"))
+        deep = Image.fromarray(pixels(9)[..., 0].astype(np.uint16) * 257)
+        self.image(train, 9, f"train/patch0/{self.name(9, 1)}", encoded(deep, "PNG"))
+        for number, name in enumerate(sorted(KNOWN_MISSING), start=20):
+            self.entry(train, number, f"images/v1/patch6/{name}")
+            self.box(train, number, [1, 1, 5, 5])
+        for number in range(1, 10):
+            self.box(train, number, [4, 4, 20, 16])
+        self.box(train, 1, [30, 10, 40, 10])  # sticks out
+        self.box(train, 2, [60, 10, 5, 5])  # outside
+        self.box(train, 3, [3, 3, 0, 5])  # without width
+        self.box(train, 6, [5, 5, 9, 9], isfake=1)
+        self.box(train, 6, [6, 6, 9, 9], isreflected=1)
+        self.box(train, 6, [7, 7, 9, 9], iscrowd=1)
+        train["annotations"].append({**train["annotations"][3], "id": 77})  # the box of image 1 once more
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "annotations": self.root / "train/zhiyuan_objv2_train.json",
+            "images": [self.root / "train", self.root / "val"],
+            "format": "objects365",
+            "selection": Selection(also=self.root / "val/zhiyuan_objv2_val.json", also_after=5),
+        }
+
+
+EXPECTED = {
+    "annotation_ids_renumbered": 1,
+    "boxes_clipped": 1,
+    "boxes_outside_dropped": 1,
+    "boxes_repeated_dropped": 1,
+    "boxes_without_size_dropped": 1,
+    "category_names_corrected": 2 * len(objects365_misspelt()),  # in both annotation files
+    "images_known_missing_skipped": 3,
+    "images_reencoded_as_jpeg": 3,
+    "sizes_from_file": 2,
+}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return Tree(tmp_path)
+
+
+def test_every_defect_is_repaired_and_counted(tree: Tree) -> None:
+    report = pack(out=tree.root / "shards", samples_per_shard=4, workers=2, **tree.arguments())
+    assert report.repairs == EXPECTED
+    index = check_shards(tree.root / "shards")
+    assert len(index) == 9 + 2 and sorted(index.columns["image_ids"].tolist())[-2:] == [905, 906]
+    assert index.categories == objects365_categories()
+    for image in range(1, 10):
+        shown = read_image(index, image)
+        assert shown.shape == (SIZE[1], SIZE[0], 3)
+        expected = pixels(image).astype(int)
+        if image in (6, 9):  # grey
+            expected = (
+                expected[..., :1] if image == 9 else np.asarray(Image.fromarray(pixels(6)).convert("L"))[..., None]
+            )
+        assert np.abs(shown - expected).mean() < 12, f"image {image}: the pixels as stored, not turned"
+
+
+def test_flags_reach_the_json_member_and_the_index(tree: Tree) -> None:
+    pack(out=tree.root / "shards", **tree.arguments())
+    index = Index.open(tree.root / "shards")
+    sample = index.sample_of(6)
+    start, stop = index.columns["box_offsets"][sample : sample + 2]
+    assert sorted(index.columns["flags"][start:stop].tolist()) == [0, 1, 2, 4]
+
+
+def test_the_held_out_images_are_the_first_of_the_validation_file(tree: Tree) -> None:
+    validation = tree.root / "val/zhiyuan_objv2_val.json"
+    pack(validation, [tree.root / "val"], tree.root / "held", "objects365", selection=Selection(first=5))
+    assert sorted(Index.open(tree.root / "held").columns["image_ids"].tolist()) == [900, 901, 902, 903, 904]
+
+
+def test_doctor_tells_what_pack_writes_and_writes_nothing(tree: Tree) -> None:
+    before = sorted(tree.root.rglob("*"))
+    found = examine(**tree.arguments(), samples_per_shard=4)
+    assert sorted(tree.root.rglob("*")) == before
+    report = pack(out=tree.root / "shards", samples_per_shard=4, **tree.arguments())
+    assert found.report == json.loads((tree.root / "shards/report.json").read_text())
+    assert (found.samples, found.boxes, found.shards) == (report.samples, report.boxes, report.shards)
+
+
+def test_unreadable_images_are_errors_or_skipped_and_counted(tree: Tree) -> None:
+    cut = tree.root / "train/patch0" / tree.name(1, 1)
+    cut.write_bytes(cut.read_bytes()[:-300])
+    (tree.root / "train/patch0" / tree.name(4, 1)).unlink()
+    arguments = tree.arguments()
+    with pytest.raises(DataError, match=r"image 4 .* is missing"):
+        pack(out=tree.root / "shards", **arguments)
+    arguments["selection"] = Selection(skip_unreadable=True)
+    found = examine(**arguments, samples_per_shard=4)
+    report = pack(out=tree.root / "shards", samples_per_shard=4, workers=2, **arguments)
+    assert report.repairs["images_unreadable_skipped"] == 2 and report.samples == found.samples == 7
+    assert report.boxes == found.boxes and found.report["repairs"]["images_unreadable_skipped"]["count"] == 2
+    assert {1, 4}.isdisjoint(check_shards(tree.root / "shards").columns["image_ids"].tolist())
+
+
+def test_joining_files_that_do_not_fit(tree: Tree) -> None:
+    arguments = tree.arguments()
+    arguments["selection"] = Selection(also=arguments["annotations"])
+    with pytest.raises(DataError, match=r"image id 1 is in .* too"):
+        pack(out=tree.root / "shards", **arguments)
+
+
+@pytest.mark.parametrize("place", ["shard", "column", "swapped"])
+def test_doctor_finds_altered_shards(tree: Tree, place: str) -> None:
+    shards = tree.root / "shards"
+    pack(out=shards, samples_per_shard=4, **tree.arguments())
+    path = shards / ("index/boxes.npy" if place == "column" else "shard-00001.tar")
+    data = bytearray(path.read_bytes())
+    data[-8 if place == "column" else 600] ^= 1
+    path.write_bytes(data)
+    if place == "swapped":  # altered, with a manifest that was made to agree
+        manifest = read_manifest(shards)
+        entries = tuple(describe_file(shards, entry.name) for entry in manifest.shards)
+        replace(manifest, shards=entries).write(shards)
+    with pytest.raises(DataError, match="SHA-256" if place != "swapped" else "is not what the index says"):
+        check_shards(shards)
+
+
+def test_commands(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = [
+        "--format", "objects365", "--annotations", str(tree.root / "train/zhiyuan_objv2_train.json"),
+        "--images", str(tree.root / "train"), "--images2", str(tree.root / "val"),
+        "--also", str(tree.root / "val/zhiyuan_objv2_val.json"), "--also-after", "5", "--workers", "1",
+    ]  # fmt: skip
+    assert main(["doctor", *raw]) == 0
+    told = capsys.readouterr().out
+    assert "pack would write 11 images" in told and "images_known_missing_skipped: 3" in told
+    assert main(["pack", *raw, "--out", str(tree.root / "shards")]) == 0
+    assert main(["doctor", str(tree.root / "shards")]) == 0
+    assert "11 images" in capsys.readouterr().out
+    assert main(["doctor"]) == 2 and main(["doctor", str(tree.root / "shards"), *raw]) == 2
+    (tree.root / "shards/shard-00000.tar").unlink()
+    assert main(["doctor", str(tree.root / "shards")]) == 3
