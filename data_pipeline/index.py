@@ -47,7 +47,7 @@ class SampleBoxes:
 
 
 class Index:
-    """A packed dataset, opened. Pickles as its folder: every process maps the columns for itself."""
+    """A packed dataset, opened. Pickles as its folder and digest: every process maps the columns for itself."""
 
     def __init__(self, folder: Path, manifest: Manifest, columns: Mapping[str, NDArray[Any]]) -> None:
         self.folder = folder
@@ -64,16 +64,24 @@ class Index:
         manifest = read_manifest(folder)
         for entry in (*manifest.shards, *manifest.columns):
             _check_size(folder, entry)
-        columns = {Path(entry.name).stem: _map_column(folder / entry.name) for entry in manifest.columns}
-        index = cls(folder, manifest, columns)
+        index = cls._map(folder, manifest)
         index._check_columns()
         return index
+
+    @classmethod
+    def _map(cls, folder: Path, manifest: Manifest) -> Index:
+        return cls(
+            folder,
+            manifest,
+            {Path(entry.name).stem: _map_column(folder / entry.name) for entry in manifest.columns},
+        )
 
     def __len__(self) -> int:
         return self.manifest.samples
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Index.open, (self.folder,)
+        """Shards are not looked at again: one that was lost since must not kill the process that unpickles."""
+        return _reopen, (self.folder, self.digest)
 
     @property
     def categories(self) -> tuple[Category, ...]:
@@ -170,6 +178,13 @@ class Index:
         labels = self.columns["labels"]
         if len(labels) and not (labels.min() >= 0 and labels.max() < len(self.categories)):
             raise DataError(f"{self.folder}/index/labels.npy: names a class that is not there: {REMEDY}")
+
+
+def _reopen(folder: Path, digest: str) -> Index:
+    manifest = read_manifest(folder)
+    if manifest.digest != digest:
+        raise DataError(f"{folder}: was packed anew while it was in use: start again")
+    return Index._map(folder, manifest)
 
 
 def sample_key(image_id: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from data_pipeline.categories import class_aliases
 from data_pipeline.index import Index, ground_truth
 from data_pipeline.loader import evaluation_batches, microbatches_per_rank, training_microbatches
+from data_pipeline.replacement import BadSample
 from dino_scale.checkpoint import store
 from dino_scale.checkpoint.transfer import Transfer, carry_over, match_classes
 from dino_scale.checkpoint.weights import Preparation, Weights, load_weights, save_weights
@@ -173,7 +174,17 @@ class _StageRun:
             first_step=self.progress.step,
             last_step=self.length.steps,
             loader_workers=self.config.data.loader_workers,
+            order=self.config.data.order,
+            pad_multiple=self.config.data.pad_multiple,
+            on_bad=self._note_bad,
         )
+
+    def _note_bad(self, bad: BadSample) -> None:
+        """One line in bad_samples.jsonl; every rank appends its own, a short append is not torn."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "bad_samples.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"rank": distributed.rank(), **asdict(bad)}) + "\n")
+        self._say(f"image {bad.image_id} could not be read, image {bad.replaced_by} takes its place: {bad.reason}")
 
     def _save(self, progress: Progress) -> None:
         position = store.Position(
