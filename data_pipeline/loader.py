@@ -199,6 +199,7 @@ class _Microbatches(Dataset[_Made | DataError]):
     def __getitem__(self, task: _Task) -> _Made | DataError:
         samples: list[Sample] = []
         bad: list[BadSample] = []
+        self.reader.prefetch([sample for sample, _ in task.assignment])
         try:
             for position, (sample, epoch) in enumerate(task.assignment, start=task.first):
                 samples.append(self._sample_or_replacement(position, sample, epoch, bad))

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.categories import class_aliases
+from data_pipeline.dataset import open_dataset
 from data_pipeline.index import Index, ground_truth
 from data_pipeline.loader import evaluation_batches, microbatches_per_rank, training_microbatches
 from data_pipeline.replacement import BadSample
@@ -76,8 +77,9 @@ class _StageRun:
         self.config: StageConfig = job.config.stages[job.stage]
         self.folder = Path(job.run_dir) / job.stage
         self.checkpoints = self.folder / "checkpoints"
-        self.index = Index.open(Path(self.config.data.train))
-        self.validation = Index.open(Path(self.config.data.validation)) if self.config.data.validation else None
+        data = self.config.data
+        self.index = open_dataset(data.train, data.cache, data.cache_shards)
+        self.validation = open_dataset(data.validation, data.cache, data.cache_shards) if data.validation else None
         self._require_same_classes()
         batch = self.config.batch
         self.accumulation = microbatches_per_rank(batch, distributed.world_size())

@@ -99,10 +99,12 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Shard folders made by `dino-scale pack`."""
+    """Shard folders made by `dino-scale pack`: on disk, or addresses (s3://, gs://, http://, https://)."""
 
     train: str = ""  # folder
     validation: str = ""  # folder; empty: no evaluation
+    cache: str = ""  # folder on each node for copies from addresses; empty: one in the system's temporary folder
+    cache_shards: bool = False  # copy whole shards from addresses, instead of asking for one image at a time
     loader_workers: int = 2  # processes per training worker; 0: read in the training process
     order: Literal["permutation", "windowed", "size_planned"] = (
         "permutation"  # windowed: neighbours in the shards stay near; size_planned: like sizes share a microbatch
