@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -41,6 +42,12 @@ class Repairs:
         if len(places) < _EXAMPLES:
             places.append(place)
 
+    def add_all(self, other: Repairs) -> None:
+        for kind, count in other.counts.items():
+            self.counts[kind] = self.counts.get(kind, 0) + count
+            places = self.examples.setdefault(kind, [])
+            places += other.examples[kind][: _EXAMPLES - len(places)]
+
 
 @dataclass(frozen=True)
 class Annotations:
@@ -70,10 +77,18 @@ class Annotations:
         return len(self.image_ids)
 
 
-def read_annotations(path: Path, format: AnnotationFormat, repairs: Repairs) -> Annotations:
-    """Reads and checks an annotation file; adds what it mends to `repairs`. Raises DataError (see the module)."""
+def read_annotations(
+    path: Path,
+    format: AnnotationFormat,
+    repairs: Repairs,
+    progress: Callable[[int, int], None] | None = None,
+) -> Annotations:
+    """Reads and checks an annotation file; adds what it mends to `repairs`. Raises DataError (see the module).
+
+    progress: told how many bytes of how many have been read.
+    """
     reader = _Reader(Path(path))
-    for key, value in stream_object(reader.path):
+    for key, value in stream_object(reader.path, progress):
         reader.take(key, value)
     reader.check_complete()
     categories = _mend_names(reader, format, repairs)

@@ -25,10 +25,11 @@ class Sample:
     image_id: int
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Pads to the largest height and width, with zeros to the right and below."""
+def collate(samples: Sequence[Sample], multiple: int = 1) -> Batch:
+    """Pads to the largest height and width, each rounded up to a multiple of `multiple`, with zeros to the right and
+    below."""
     sizes = tuple((sample.image.shape[1], sample.image.shape[2]) for sample in samples)
-    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+    height, width = (-(-max(side) // multiple) * multiple for side in zip(*sizes, strict=True))
     images = torch.zeros((len(samples), 3, height, width), dtype=torch.uint8)
     for place, sample in zip(images, samples, strict=True):
         place[:, : sample.image.shape[1], : sample.image.shape[2]] = sample.image

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.annotations import CROWD
 from data_pipeline.manifest import REMEDY, FileEntry, Manifest, describe_file, read_manifest
+from data_pipeline.remote import RemoteFolder
 from dino_scale.errors import DataError
 from dino_scale.structures import Category
 
@@ -47,33 +48,44 @@ class SampleBoxes:
 
 
 class Index:
-    """A packed dataset, opened. Pickles as its folder: every process maps the columns for itself."""
+    """A packed dataset, opened. Pickles as its folder and digest: every process maps the columns for itself."""
 
     def __init__(self, folder: Path, manifest: Manifest, columns: Mapping[str, NDArray[Any]]) -> None:
         self.folder = folder
         self.manifest = manifest
         self.columns = columns
+        self.remote: RemoteFolder | None = None  # where the shards are, if not in the folder
+        self.cache_shards = False  # remote only: copy shards here when they are first read
 
     @classmethod
-    def open(cls, folder: Path) -> Index:
+    def open(cls, folder: Path, shards_here: bool = True) -> Index:
         """Opens a folder made by `pack`. Raises DataError where it is incomplete, altered or torn.
 
-        Sizes of all files are compared; their digests only by `verify`, for reading terabytes takes hours.
+        shards_here: false where only the index has been copied (see `dataset.py`). Sizes of all files are compared;
+        their digests only by `verify`, for reading terabytes takes hours.
         """
         folder = Path(folder).absolute()
         manifest = read_manifest(folder)
-        for entry in (*manifest.shards, *manifest.columns):
+        for entry in (*(manifest.shards if shards_here else ()), *manifest.columns):
             _check_size(folder, entry)
-        columns = {Path(entry.name).stem: _map_column(folder / entry.name) for entry in manifest.columns}
-        index = cls(folder, manifest, columns)
+        index = cls._map(folder, manifest)
         index._check_columns()
         return index
+
+    @classmethod
+    def _map(cls, folder: Path, manifest: Manifest) -> Index:
+        return cls(
+            folder,
+            manifest,
+            {Path(entry.name).stem: _map_column(folder / entry.name) for entry in manifest.columns},
+        )
 
     def __len__(self) -> int:
         return self.manifest.samples
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Index.open, (self.folder,)
+        """Shards are not looked at again: one that was lost since must not kill the process that unpickles."""
+        return _reopen, (self.folder, self.digest, self.remote, self.cache_shards)
 
     @property
     def categories(self) -> tuple[Category, ...]:
@@ -170,6 +182,15 @@ class Index:
         labels = self.columns["labels"]
         if len(labels) and not (labels.min() >= 0 and labels.max() < len(self.categories)):
             raise DataError(f"{self.folder}/index/labels.npy: names a class that is not there: {REMEDY}")
+
+
+def _reopen(folder: Path, digest: str, remote: RemoteFolder | None, cache_shards: bool) -> Index:
+    manifest = read_manifest(folder)
+    if manifest.digest != digest:
+        raise DataError(f"{folder}: was packed anew while it was in use: start again")
+    index = Index._map(folder, manifest)
+    index.remote, index.cache_shards = remote, cache_shards
+    return index
 
 
 def sample_key(image_id: int) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,15 +18,16 @@ _MAY_GO_ON = ("", ".", "e", "E")  # what may follow the digits of a number whose
 _DECODER = json.JSONDecoder()
 
 
-def stream_object(path: Path) -> Iterator[tuple[str, Any]]:
+def stream_object(path: Path, read: Callable[[int, int], None] | None = None) -> Iterator[tuple[str, Any]]:
     """Yields (key, element) for every element of every array directly inside the top-level object, and (key, None)
     once before the elements of an array, so that empty arrays show; yields (key, value) for every other value.
 
+    read: told after every piece how many bytes of how many have been read.
     Raises DataError for a missing file, for anything that is no JSON object and for a key that occurs twice.
     """
     try:
         with open(path, encoding="utf-8") as file:
-            yield from _Stream(path, file).items()
+            yield from _Stream(path, file, read).items()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}): check the path of the annotation file") from None
     except UnicodeDecodeError as error:
@@ -35,9 +37,11 @@ def stream_object(path: Path) -> Iterator[tuple[str, Any]]:
 class _Stream:
     """A window of text that grows at the right and is cut at the left."""
 
-    def __init__(self, path: Path, file: TextIO) -> None:
+    def __init__(self, path: Path, file: TextIO, read: Callable[[int, int], None] | None) -> None:
         self.path = path
         self.file = file
+        self.read = read
+        self.size = os.fstat(file.fileno()).st_size
         self.text = ""
         self.position = 0
         self.dropped = 0  # characters cut off at the left
@@ -112,6 +116,8 @@ class _Stream:
             raise self._error(f"no complete value within {LONGEST_ELEMENT} characters")
         piece = self.file.read(max(CHUNK, len(self.text)))  # doubling keeps a long element linear in time
         self.complete = not piece
+        if self.read is not None:
+            self.read(self.file.buffer.tell(), self.size)
         self.text += piece
 
     def _peek(self) -> str:

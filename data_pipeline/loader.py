@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,14 +18,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.collate import Sample, collate
 from data_pipeline.index import Index
-from data_pipeline.order import Draws, SampleStream
+from data_pipeline.order import Draws, SampleStream, Stream
 from data_pipeline.reader import Reader
+from data_pipeline.replacement import BadSample, find_replacement
+from data_pipeline.size_order import SizePlannedStream
 from data_pipeline.transforms import apply_to_boxes, apply_to_image, resize_for_evaluation, sample_plan
 from dino_scale.config.schema import AugmentationConfig, BatchConfig
 from dino_scale.errors import ConfigError, DataError, WorkerLostError
 from dino_scale.structures import Batch
 
 Assignment = list[tuple[int, int]]  # (sample id, epoch) of every image of a microbatch
+StreamMode = Literal["permutation", "windowed", "size_planned"]
+OnBad = Callable[[BadSample], None]
 PREFETCH = 4  # microbatches that each loader process prepares ahead
 
 
@@ -39,7 +43,7 @@ def microbatches_per_rank(batch: BatchConfig, world: int) -> int:
     return batch.global_size // (batch.microbatch * world)
 
 
-def deal(stream: SampleStream, batch: BatchConfig, rank: int, world: int, step: int) -> list[Assignment]:
+def deal(stream: Stream, batch: BatchConfig, rank: int, world: int, step: int) -> list[Assignment]:
     """This rank's microbatches of a global step."""
     accumulation = microbatches_per_rank(batch, world)
     share = accumulation * batch.microbatch
@@ -59,19 +63,26 @@ def training_microbatches(
     first_step: int,
     last_step: int,
     loader_workers: int,
+    order: StreamMode = "permutation",
+    pad_multiple: int = 1,
+    on_bad: OnBad | None = None,
 ) -> Iterator[list[Batch]]:
     """One item per global step first_step, ..., last_step - 1: this rank's microbatches, in order.
 
     Crowd boxes are left out; images without boxes are kept. Augmentation draws depend on (seed, epoch, sample id).
-    loader_workers: processes that read ahead; 0: read in this process. Raises ConfigError where the global batch does
-    not divide, DataError (shard, member, reason) for a sample that cannot be read.
+    loader_workers: processes that read ahead; 0: read in this process. A sample that cannot be read is replaced by the
+    next one of the stream that can (see `replacement.py`), told to `on_bad` and counted in `Batch.replaced`.
+    Raises ConfigError where the global batch does not divide, DataError where many samples in a row cannot be read.
     """
     accumulation = microbatches_per_rank(batch, world)
-    stream = SampleStream(len(index), seed)
-    assignments = (
-        assignment for step in range(first_step, last_step) for assignment in deal(stream, batch, rank, world, step)
+    stream = sample_stream(index, seed, augmentation, batch, order)
+    tasks = (
+        _Task(assignment, (step * batch.global_size // batch.microbatch + rank * accumulation + j) * batch.microbatch)
+        for step in range(first_step, last_step)
+        for j, assignment in enumerate(deal(stream, batch, rank, world, step))
     )
-    microbatches = _load(index, _Training(seed, augmentation), assignments, loader_workers)
+    dataset = _Microbatches(index, _Training(seed, augmentation), stream, pad_multiple)
+    microbatches = _load(dataset, tasks, loader_workers, on_bad)
     for _ in range(first_step, last_step):
         yield [next(microbatches) for _ in range(accumulation)]
 
@@ -89,10 +100,33 @@ def evaluation_batches(
     """Every image exactly once over all ranks, unaugmented: sample i goes to rank i % world. A rank without a sample
     yields nothing."""
     mine = range(rank, len(index), world)
-    assignments = (
-        [(sample, 0) for sample in mine[start : start + microbatch]] for start in range(0, len(mine), microbatch)
+    tasks = (
+        _Task([(sample, 0) for sample in mine[start : start + microbatch]], 0)
+        for start in range(0, len(mine), microbatch)
     )
-    yield from _load(index, _Evaluation(short_side, max_size), assignments, loader_workers)
+    yield from _load(_Microbatches(index, _Evaluation(short_side, max_size)), tasks, loader_workers)
+
+
+def sample_stream(
+    index: Index, seed: int, augmentation: AugmentationConfig, batch: BatchConfig, order: StreamMode
+) -> Stream:
+    """The stream of a training run. `size_planned` depends on the microbatch and the augmentation too."""
+    if order == "size_planned":
+        return SizePlannedStream(len(index), seed, batch.microbatch, _PlannedSize(index, seed, augmentation))
+    return SampleStream(len(index), seed, order)
+
+
+@dataclass(frozen=True)
+class _PlannedSize:
+    """Size of a sample after augmentation, before a byte of it is read."""
+
+    index: Index
+    seed: int
+    augmentation: AugmentationConfig
+
+    def __call__(self, sample: int, epoch: int) -> tuple[int, int]:
+        height, width = self.index.size(sample)
+        return sample_plan(width, height, self.augmentation, Draws(self.seed, epoch, sample)).size
 
 
 class _Preparation(Protocol):
@@ -110,7 +144,7 @@ class _Training:
         plan = sample_plan(width, height, self.augmentation, Draws(self.seed, epoch, sample))
         corners, labels = _corner_boxes(index, sample)
         boxes, keep = apply_to_boxes(corners, width, height, plan)
-        image = apply_to_image(reader.image(sample), plan)
+        image = apply_to_image(reader.image(sample), plan, self.augmentation.executor)
         return Sample(image, boxes[keep], labels[keep], (height, width), sample, index.image_id(sample))
 
 
@@ -135,38 +169,84 @@ def _corner_boxes(index: Index, sample: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1), truth.labels[~truth.crowd]
 
 
-class _Microbatches(Dataset[Batch | DataError]):
-    """Makes the microbatch of an assignment. An error travels as a value: raised in a loader process it would arrive
-    wrapped in that process's traceback."""
+@dataclass(frozen=True)
+class _Task:
+    """A microbatch to make. first: position in the stream of its first sample."""
 
-    def __init__(self, index: Index, preparation: _Preparation) -> None:
+    assignment: Assignment
+    first: int
+
+
+@dataclass(frozen=True)
+class _Made:
+    batch: Batch
+    bad: tuple[BadSample, ...]
+
+
+class _Microbatches(Dataset[_Made | DataError]):
+    """Makes the microbatch of a task. An error travels as a value: raised in a loader process it would arrive wrapped
+    in that process's traceback. stream: where replacements come from; None: a sample that cannot be read is an error.
+    """
+
+    def __init__(
+        self, index: Index, preparation: _Preparation, stream: Stream | None = None, pad_multiple: int = 1
+    ) -> None:
         self.reader = Reader(index)
         self.preparation = preparation
+        self.stream = stream
+        self.pad_multiple = pad_multiple
 
-    def __getitem__(self, assignment: Assignment) -> Batch | DataError:
+    def __getitem__(self, task: _Task) -> _Made | DataError:
+        samples: list[Sample] = []
+        bad: list[BadSample] = []
+        self.reader.prefetch([sample for sample, _ in task.assignment])
         try:
-            return collate([self.preparation.sample(self.reader, sample, epoch) for sample, epoch in assignment])
+            for position, (sample, epoch) in enumerate(task.assignment, start=task.first):
+                samples.append(self._sample_or_replacement(position, sample, epoch, bad))
         except DataError as error:
             return error
+        return _Made(replace(collate(samples, self.pad_multiple), replaced=len(bad)), tuple(bad))
+
+    def _sample_or_replacement(self, position: int, sample: int, epoch: int, bad: list[BadSample]) -> Sample:
+        def read(number: int, of_epoch: int) -> Sample:
+            return self.preparation.sample(self.reader, number, of_epoch)
+
+        try:
+            return read(sample, epoch)
+        except DataError as error:
+            if self.stream is None:
+                raise
+            substitute = find_replacement(self.stream, position, read, error)
+            index = self.reader.index
+            shard = index.shard_names[int(index.columns["shards"][sample])]
+            bad.append(
+                BadSample(
+                    position=position,
+                    sample_id=sample,
+                    image_id=index.image_id(sample),
+                    file_name=index.file_name(sample),
+                    shard=shard,
+                    reason=str(error),
+                    replaced_by=substitute.image_id,
+                )
+            )
+            return substitute
 
 
-class _Assignments:
-    """An iterator of assignments in the form DataLoader wants its sampler."""
+class _Tasks:
+    """An iterator of tasks in the form DataLoader wants its sampler."""
 
-    def __init__(self, assignments: Iterator[Assignment]) -> None:
-        self.assignments = assignments
+    def __init__(self, tasks: Iterator[_Task]) -> None:
+        self.tasks = tasks
 
-    def __iter__(self) -> Iterator[Assignment]:
-        return self.assignments
+    def __iter__(self) -> Iterator[_Task]:
+        return self.tasks
 
 
 def _load(
-    index: Index, preparation: _Preparation, assignments: Iterator[Assignment], loader_workers: int
+    dataset: _Microbatches, tasks: Iterator[_Task], loader_workers: int, on_bad: OnBad | None = None
 ) -> Iterator[Batch]:
-    dataset = _Microbatches(index, preparation)
-    items = (
-        iter(_loader(dataset, assignments, loader_workers)) if loader_workers else map(dataset.__getitem__, assignments)
-    )
+    items = iter(_loader(dataset, tasks, loader_workers)) if loader_workers else map(dataset.__getitem__, tasks)
     while True:
         try:
             item = next(items)
@@ -181,7 +261,10 @@ def _load(
             ) from None
         if isinstance(item, DataError):
             raise item
-        yield item
+        for bad in item.bad:
+            if on_bad is not None:
+                on_bad(bad)
+        yield item.batch
 
 
 def _tells_of_a_dead_process(error: Exception) -> bool:
@@ -192,15 +275,13 @@ def _tells_of_a_dead_process(error: Exception) -> bool:
     return isinstance(error, EOFError | ConnectionError | FileNotFoundError) and not str(error).startswith("Caught")
 
 
-def _loader(
-    dataset: _Microbatches, assignments: Iterator[Assignment], loader_workers: int
-) -> DataLoader[Batch | DataError]:
+def _loader(dataset: _Microbatches, tasks: Iterator[_Task], loader_workers: int) -> DataLoader[_Made | DataError]:
     context = multiprocessing.get_context("forkserver")  # fork would copy the threads' locks of torch, gloo and Ray
     context.set_forkserver_preload([__name__])  # imports once, not once per process
     return DataLoader(
         dataset,
         batch_size=None,
-        sampler=_Assignments(assignments),
+        sampler=_Tasks(tasks),
         num_workers=loader_workers,
         collate_fn=_unchanged,
         multiprocessing_context=context,

@@ -6,7 +6,7 @@ Only raw Philox words are used, whose sequence numpy guarantees for ever; its sh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 OrderMode = Literal["permutation", "windowed"]
 BLOCK = 64  # samples that lie side by side in a shard and stay in one window
 WINDOW = 64  # blocks that are mixed with one another
-_ORDER, _AUGMENTATION = 1, 2  # keep the streams of one seed apart
+ORDER, AUGMENTATION, RUNS = 1, 2, 3  # purposes that keep the random words of one seed apart
 _WORD = 2**64
 
 
-def _philox(seed: int, purpose: int, epoch: int, sample: int = 0) -> np.random.Philox:
+def philox(seed: int, purpose: int, epoch: int, sample: int = 0) -> np.random.Philox:
+    """Random words that depend on the arguments alone."""
     if seed < 0 or epoch < 0:
         raise ValueError(f"seed is {seed} and epoch is {epoch}: expected 0 or more")
     counter = np.array([0, sample, epoch, purpose], dtype=np.uint64)
@@ -31,7 +32,7 @@ def epoch_order(n: int, seed: int, epoch: int, mode: OrderMode = "permutation") 
     `windowed` moves through the shards in a window of WINDOW blocks of BLOCK neighbours: good for caches and object
     stores. Ties between random words (probability about n^2 / 2^65) keep their order: the result is still exact.
     """
-    words = _philox(seed, _ORDER, epoch)
+    words = philox(seed, ORDER, epoch)
     if mode == "permutation":
         return np.argsort(words.random_raw(n), kind="stable")
     blocks = (n + BLOCK - 1) // BLOCK
@@ -39,6 +40,13 @@ def epoch_order(n: int, seed: int, epoch: int, mode: OrderMode = "permutation") 
     place[np.argsort(words.random_raw(blocks), kind="stable")] = np.arange(blocks)
     window_of_sample = place[np.arange(n) // BLOCK] // WINDOW
     return np.lexsort((words.random_raw(n), window_of_sample))
+
+
+class Stream(Protocol):
+    """An endless sequence of (sample id, epoch), a pure function of position."""
+
+    def take(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """(sample id, epoch) of the positions start, start + 1, ..., stop - 1."""
 
 
 class SampleStream:
@@ -66,7 +74,7 @@ class Draws:
     """The random draws of one sample's augmentation: a function of (seed, epoch, sample id) alone."""
 
     def __init__(self, seed: int, epoch: int, sample: int) -> None:
-        self._words = _philox(seed, _AUGMENTATION, epoch, sample)
+        self._words = philox(seed, AUGMENTATION, epoch, sample)
 
     def uniform(self) -> float:
         """In [0, 1)."""

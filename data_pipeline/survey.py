@@ -2,84 +2,189 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.annotations import Annotations, Repairs
+from data_pipeline.annotations import AnnotationFormat, Annotations, Repairs
 from data_pipeline.decode import ImageHeader, read_header
+from data_pipeline.objects365 import KNOWN_MISSING, layout_folders
+from data_pipeline.selection import keep_images
+from data_pipeline.tasks import ordered_map
 from dino_scale.errors import DataError
 
 HEADER_BYTES = 1 << 16  # enough for nearly every header; the whole file is read where it is not
+_CHUNK = 512  # images whose headers are read as one task
+_COLUMNS = ("root", "depth", "width", "height", "plain", "size", "modified")
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Annotations that agree with the images on disk, and where those are. plain_jpeg: can be stored as it is."""
+    """Annotations that agree with the images on disk, and where those are.
+
+    plain_jpeg: (N,) bool, can be stored as it is. sizes: (N,) bytes. modified: (N,) nanoseconds.
+    """
 
     annotations: Annotations
-    paths: list[Path]
-    plain_jpeg: list[bool]
+    plain_jpeg: NDArray[np.bool_]
+    sizes: NDArray[np.int64]
+    modified: NDArray[np.int64]
+    _roots: tuple[Path, ...]
+    _places: NDArray[np.int64]  # (N, 2): which root, and how many last parts of the name lie below it
+
+    def path(self, row: int) -> Path:
+        root, depth = self._places[row].tolist()
+        return _below(self._roots[root], PurePosixPath(self.annotations.file_names[row]), depth)
 
 
-def survey(annotations: Annotations, roots: Sequence[Path], repairs: Repairs) -> Survey:
-    """Raises DataError for a missing image, one that is no image, and a box outside its image."""
-    paths = [find_image(annotations, row, roots) for row in range(len(annotations))]
-    headers = [_header(annotations, row, path) for row, path in enumerate(paths)]
-    for row, header in enumerate(headers):
-        stated = (int(annotations.widths[row]), int(annotations.heights[row]))
-        if stated != (header.width, header.height):
-            name = annotations.file_names[row]
-            repairs.add(
-                "sizes_from_file", f"{name}: {stated[0]} x {stated[1]} stated, {header.width} x {header.height} found"
-            )
-    sized = replace(
-        annotations,
-        widths=np.array([header.width for header in headers], dtype=np.int64),
-        heights=np.array([header.height for header in headers], dtype=np.int64),
-    )
-    return Survey(fit_boxes(sized, repairs), paths, [header.plain_jpeg for header in headers])
+@dataclass(frozen=True)
+class SurveyOptions:
+    """skip_unreadable: images that are missing or no images are left out and counted instead of being errors."""
+
+    format: AnnotationFormat = "coco"
+    skip_unreadable: bool = False
+    workers: int = 1
 
 
-def find_image(annotations: Annotations, row: int, roots: Sequence[Path]) -> Path:
-    """The file of an image: below one of the folders, by its full name, its last folder and name, or its name.
+def survey(
+    annotations: Annotations,
+    roots: Sequence[Path],
+    repairs: Repairs,
+    options: SurveyOptions | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Survey:
+    """Raises DataError for a missing image, one that is no image, and a box outside its image.
 
-    Objects365 writes `images/v1/patch8/x.jpg`; downloads keep all, some or none of those folders.
+    Under `objects365` the files known to be missing are left out, boxes outside their image and exact repetitions of
+    boxes are dropped, all counted. progress: told how many headers of how many have been read.
     """
-    name = PurePosixPath(annotations.file_names[row])
-    for root in roots:
-        for depth in range(len(name.parts), 0, -1):
-            path = Path(root, *name.parts[-depth:])
-            if path.is_file():
-                return path
-    places = ", ".join(str(root) for root in roots)
+    options = options or SurveyOptions()
+    known = options.format == "objects365"
+    folders = layout_folders(list(roots)) if known else list(roots)
+    tasks = _header_tasks(annotations, tuple(folders), options)
+    pieces = []
+    done = 0
+    for piece, problems in ordered_map(_read_headers, tasks, options.workers):
+        repairs.add_all(problems)
+        pieces.append(piece)
+        done += len(piece)
+        if progress:
+            progress(done, len(annotations))
+    table = np.concatenate(pieces)
+    found = np.flatnonzero(table[:, 0] >= 0)
+    if not len(found):
+        raise DataError(f"{annotations.path}: no image of the file can be used: check --images")
+    kept, table = keep_images(annotations, found), table[found]
+    column = dict(zip(_COLUMNS, table.T.copy(), strict=True))
+    sized = _true_sizes(kept, column["width"], column["height"], repairs)
+    fitted = fit_boxes(sized, repairs, drop_outside=known)
+    if known:
+        fitted = _without_repetitions(fitted, repairs)
+    places = np.stack([column["root"], column["depth"]], axis=1)
+    return Survey(fitted, column["plain"] != 0, column["size"], column["modified"], tuple(folders), places)
+
+
+@dataclass(frozen=True)
+class _HeaderTask:
+    annotations: Path
+    names: list[str]
+    ids: list[int]
+    roots: tuple[Path, ...]
+    options: SurveyOptions
+
+
+def _header_tasks(annotations: Annotations, roots: tuple[Path, ...], options: SurveyOptions) -> Iterator[_HeaderTask]:
+    for start in range(0, len(annotations), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        ids = annotations.image_ids[rows].tolist()
+        yield _HeaderTask(annotations.path, annotations.file_names[rows], ids, roots, options)
+
+
+def _read_headers(task: _HeaderTask) -> tuple[NDArray[np.int64], Repairs]:
+    """(n, len(_COLUMNS)) facts of every image, -1 throughout for those left out."""
+    table = np.full((len(task.names), len(_COLUMNS)), -1, dtype=np.int64)
+    repairs = Repairs()
+    for row, (name, number) in enumerate(zip(task.names, task.ids, strict=True)):
+        try:
+            place = find_image(PurePosixPath(name), task.roots)
+            if place is None:
+                _note_missing(task, name, number, repairs)
+                continue
+            path = _below(task.roots[place[0]], PurePosixPath(name), place[1])
+            header, size, modified = _header(path, number)
+        except DataError as error:
+            if not task.options.skip_unreadable:
+                raise
+            repairs.add("images_unreadable_skipped", str(error))
+            continue
+        table[row] = (*place, header.width, header.height, header.plain_jpeg, size, modified)
+    return table, repairs
+
+
+def _note_missing(task: _HeaderTask, name: str, number: int, repairs: Repairs) -> None:
+    if task.options.format == "objects365" and PurePosixPath(name).name in KNOWN_MISSING:
+        repairs.add("images_known_missing_skipped", name)
+        return
+    places = ", ".join(str(root) for root in task.roots)
     raise DataError(
-        f"{annotations.path}: image {annotations.image_ids[row]} ('{name}') is missing in {places}: "
+        f"{task.annotations}: image {number} ('{name}') is missing in {places}: "
         "check --images or remove the image from the file"
     )
 
 
-def _header(annotations: Annotations, row: int, path: Path) -> ImageHeader:
+def find_image(name: PurePosixPath, roots: Sequence[Path]) -> tuple[int, int] | None:
+    """Where an image lies: the number of the folder, and how many last parts of the name lie below it.
+
+    Objects365 writes `images/v1/patch8/x.jpg`; downloads keep all, some or none of those folders.
+    """
+    for number, root in enumerate(roots):
+        for depth in range(len(name.parts), 0, -1):
+            if _below(root, name, depth).is_file():
+                return number, depth
+    return None
+
+
+def _below(root: Path, name: PurePosixPath, depth: int) -> Path:
+    return Path(root, *name.parts[-depth:])
+
+
+def _header(path: Path, number: int) -> tuple[ImageHeader, int, int]:
+    """The header, the size in bytes and the time of the last change."""
     try:
+        facts = path.stat()
         with open(path, "rb") as file:
             data = file.read(HEADER_BYTES)
             try:
-                return read_header(data)
+                header = read_header(data)
             except DataError:
-                return read_header(data + file.read())
+                header = read_header(data + file.read())
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}): check the file's permissions") from None
     except DataError as error:
-        raise DataError(f"{path}: image {annotations.image_ids[row]} {error}") from None
+        raise DataError(f"{path}: image {number} {error}") from None
+    return header, facts.st_size, facts.st_mtime_ns
 
 
-def fit_boxes(annotations: Annotations, repairs: Repairs) -> Annotations:
+def _true_sizes(
+    annotations: Annotations, widths: NDArray[np.int64], heights: NDArray[np.int64], repairs: Repairs
+) -> Annotations:
+    wrong = (annotations.widths != widths) | (annotations.heights != heights)
+    for row in np.flatnonzero(wrong).tolist():
+        repairs.add(
+            "sizes_from_file",
+            f"{annotations.file_names[row]}: {annotations.widths[row]} x {annotations.heights[row]} stated, "
+            f"{widths[row]} x {heights[row]} found",
+        )
+    return replace(annotations, widths=widths, heights=heights)
+
+
+def fit_boxes(annotations: Annotations, repairs: Repairs, drop_outside: bool = False) -> Annotations:
     """Clips boxes that stick out of their image and drops boxes without width or height, both counted.
 
-    A box that lies wholly outside its image is a DataError.
+    A box that lies wholly outside its image is a DataError, or with `drop_outside` dropped and counted.
     """
     image = np.repeat(np.arange(len(annotations)), np.diff(annotations.box_offsets))
     size = np.stack([annotations.widths[image], annotations.heights[image]], axis=1).astype(np.float64)
@@ -87,16 +192,34 @@ def fit_boxes(annotations: Annotations, repairs: Repairs) -> Annotations:
     low = np.maximum(corner, 0.0)
     high = np.minimum(corner + extent, size)
     empty = (extent == 0).any(axis=1)
-    _refuse_outside(annotations, image, np.flatnonzero((high <= low).any(axis=1) & ~empty))
-    clipped = ((corner < 0) | (corner + extent > size)).any(axis=1) & ~empty
+    outside = (high <= low).any(axis=1) & ~empty
+    if not drop_outside:
+        _refuse_outside(annotations, image, np.flatnonzero(outside))
+    clipped = ((corner < 0) | (corner + extent > size)).any(axis=1) & ~empty & ~outside
     boxes = annotations.boxes.copy()
     boxes[clipped] = np.concatenate([low, high - low], axis=1)[clipped]
     areas = annotations.areas.copy()
     areas[clipped] = np.minimum(areas[clipped], boxes[clipped, 2] * boxes[clipped, 3])
-    for kind, rows in (("boxes_clipped", clipped), ("boxes_without_size_dropped", empty)):
-        for row in np.flatnonzero(rows):
-            repairs.add(kind, f"annotation {annotations.annotation_ids[row]}: bbox {annotations.boxes[row].tolist()}")
-    return _select(annotations, boxes, areas, image, ~empty)
+    kinds = {"boxes_clipped": clipped, "boxes_without_size_dropped": empty, "boxes_outside_dropped": outside}
+    for kind, rows in kinds.items():
+        _note_boxes(annotations, kind, np.flatnonzero(rows), repairs)
+    return _select(annotations, boxes, areas, image, ~empty & ~outside)
+
+
+def _without_repetitions(annotations: Annotations, repairs: Repairs) -> Annotations:
+    """Of boxes with the same image, class, coordinates and flags only the first stays."""
+    image = np.repeat(np.arange(len(annotations)), np.diff(annotations.box_offsets))
+    keys = np.column_stack([image, annotations.labels, annotations.flags, annotations.boxes])
+    order = np.lexsort(keys.T[::-1])  # stable: of equal rows the first of the file comes first
+    repeated = np.zeros(len(keys), dtype=bool)
+    repeated[order[1:]] = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
+    _note_boxes(annotations, "boxes_repeated_dropped", np.flatnonzero(repeated), repairs)
+    return _select(annotations, annotations.boxes, annotations.areas, image, ~repeated)
+
+
+def _note_boxes(annotations: Annotations, kind: str, rows: NDArray[np.int64], repairs: Repairs) -> None:
+    for row in rows.tolist():
+        repairs.add(kind, f"annotation {annotations.annotation_ids[row]}: bbox {annotations.boxes[row].tolist()}")
 
 
 def _refuse_outside(annotations: Annotations, image: NDArray[np.int64], rows: NDArray[np.int64]) -> None:

@@ -47,6 +47,7 @@ class Batch:
     sample_ids: position of each sample in the dataset's index, length B.
     image_ids: raw image id of each sample, as in the annotation file, length B.
     targets: ground truth; boxes of images without any are an empty slice.
+    replaced: images that stand in for ones that could not be read.
     """
 
     images: Tensor
@@ -55,6 +56,7 @@ class Batch:
     sample_ids: tuple[int, ...]
     image_ids: tuple[int, ...]
     targets: Targets
+    replaced: int = 0
 
     def to(self, device: torch.device | str) -> Batch:
         return replace(self, images=self.images.to(device, non_blocking=True), targets=self.targets.to(device))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.dataset import open_dataset
 from data_pipeline.index import Index
 from data_pipeline.reader import read_image
 from dino_scale.config.schema import ChainConfig
@@ -99,6 +100,7 @@ class _Attempt:
 def _image_source(config: ChainConfig) -> Callable[[str, int], np.ndarray]:
     @cache
     def opened(stage: str) -> Index:
-        return Index.open(Path(config.stages[stage].data.validation))
+        data = config.stages[stage].data
+        return open_dataset(data.validation, data.cache, data.cache_shards)
 
     return lambda stage, image_id: read_image(opened(stage), image_id)

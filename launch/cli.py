@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         f"{_DEBUG}=1 shows where an error arose.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_demo, _pack, _plan, _train, _resume, _evaluate, _predict, _report):
+    for add in (_demo, _pack, _doctor, _plan, _train, _resume, _evaluate, _predict, _report):
         add(commands)
     for add in (_import_official, _export, _bench):
         add(commands)
@@ -121,20 +121,47 @@ def _pack(commands: Commands) -> None:
     text = "images and an annotation file into shards with an index"
     example = "dino-scale pack --format coco --annotations instances.json --images images --out shards/train"
     parser = _command(commands, "pack", text, example, run)
-    parser.add_argument("--format", choices=("coco", "objects365"), default="coco", help="default: coco")
-    parser.add_argument("--annotations", type=Path, required=True, metavar="A.json", help="COCO-style annotation file")
+    _add_raw_data(parser, required=True)
+    parser.add_argument("--out", type=Path, required=True, metavar="SHARDS", help="new folder")
+    parser.add_argument("--restart", action="store_true", help="forget the finished shards of an interrupted pack")
+
+
+def _doctor(commands: Commands) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.doctor import run
+
+        run(options)
+
+    text = "check packed shards byte by byte, or tell what pack would write and mend; nothing is written"
+    example = "dino-scale doctor shards/train\n  dino-scale doctor --annotations instances.json --images images"
+    parser = _command(commands, "doctor", text, example, run)
+    parser.add_argument("shards", type=Path, nargs="?", metavar="SHARDS", help="folder made by pack")
+    _add_raw_data(parser, required=False)
+
+
+def _add_raw_data(parser: argparse.ArgumentParser, required: bool) -> None:
+    """The options that say which images and annotations; the same for pack and doctor."""
+    add = parser.add_argument
+    add("--format", choices=("coco", "objects365"), default="coco", help="default: coco")
+    add("--annotations", type=Path, required=required, metavar="A.json", help="COCO-style annotation file")
     for option in ("--images", "--images2"):
-        help_text = "folder of images" if option == "--images" else "second folder of images"
-        parser.add_argument(
+        add(
             option,
             type=Path,
             action="append",
             dest="images",
-            required=option == "--images",
+            required=required and option == "--images",
             metavar="DIR",
-            help=help_text,
+            help="folder of images" if option == "--images" else "second folder of images",
         )
-    parser.add_argument("--out", type=Path, required=True, metavar="SHARDS", help="new folder")
+    add("--first", type=int, default=0, metavar="N", help="only the first N images of A.json")
+    add("--also", type=Path, metavar="B.json", help="add the images of a second annotation file")
+    add("--also-after", type=int, default=0, metavar="N", help="of B.json leave out the first N images")
+    add("--skip-unreadable", action="store_true", help="leave out and count images that are missing or do not decode")
+    add(
+        "--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
+        help="processes; the result does not depend on it; default: CPU cores, at most 8",
+    )  # fmt: skip
 
 
 def _plan(commands: Commands) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.index import Index
+from data_pipeline.dataset import is_remote, open_dataset
 from data_pipeline.loader import microbatches_per_rank
 from dino_scale.config.schema import ChainConfig, ModelConfig, StageConfig
 from dino_scale.errors import ConfigError, DataError
@@ -143,10 +143,10 @@ def _plan_stage(name: str, stage: StageConfig, workers: int) -> StagePlan:
 
 def _plan_data(folder: str, key: str) -> DataPlan:
     """A folder that is there must be whole; one that is not there yet is no error."""
-    if not folder or not Path(folder).exists():
+    if not folder or (not is_remote(folder) and not Path(folder).exists()):
         return DataPlan(folder)
     try:
-        index = Index.open(Path(folder))
+        index = open_dataset(folder)
     except DataError as error:
         raise DataError(f"{key}: {error}") from None
     return DataPlan(folder, len(index), len(index.categories), len(index.shard_names))

@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from data_pipeline.index import Index
+from data_pipeline.dataset import is_remote, open_dataset
 from data_pipeline.loader import microbatches_per_rank
 from dino_scale.config.schema import ChainConfig, StageConfig
 from dino_scale.errors import ConfigError, DataError
@@ -45,7 +45,7 @@ def _check_data(name: str, stage: StageConfig) -> None:
         if not folder:
             continue
         try:
-            Index.open(Path(folder))
+            open_dataset(folder, stage.data.cache, stage.data.cache_shards)
         except DataError as error:
             raise DataError(f"stages.{name}.data.{key}: {error}") from None
 
@@ -56,4 +56,4 @@ def _require_file(path: str, key: str) -> None:
 
 
 def _absolute(path: str) -> str:
-    return os.path.abspath(path) if path else path
+    return path if not path or is_remote(path) else os.path.abspath(path)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from data_pipeline.categories import class_aliases
+from data_pipeline.dataset import open_dataset
 from data_pipeline.index import Index, ground_truth
 from data_pipeline.loader import evaluation_batches, microbatches_per_rank, training_microbatches
+from data_pipeline.replacement import BadSample
 from dino_scale.checkpoint import store
 from dino_scale.checkpoint.transfer import Transfer, carry_over, match_classes
 from dino_scale.checkpoint.weights import Preparation, Weights, load_weights, save_weights
@@ -75,8 +77,9 @@ class _StageRun:
         self.config: StageConfig = job.config.stages[job.stage]
         self.folder = Path(job.run_dir) / job.stage
         self.checkpoints = self.folder / "checkpoints"
-        self.index = Index.open(Path(self.config.data.train))
-        self.validation = Index.open(Path(self.config.data.validation)) if self.config.data.validation else None
+        data = self.config.data
+        self.index = open_dataset(data.train, data.cache, data.cache_shards)
+        self.validation = open_dataset(data.validation, data.cache, data.cache_shards) if data.validation else None
         self._require_same_classes()
         batch = self.config.batch
         self.accumulation = microbatches_per_rank(batch, distributed.world_size())
@@ -176,7 +179,17 @@ class _StageRun:
             first_step=self.progress.step,
             last_step=self.length.steps,
             loader_workers=self.config.data.loader_workers,
+            order=self.config.data.order,
+            pad_multiple=self.config.data.pad_multiple,
+            on_bad=self._note_bad,
         )
+
+    def _note_bad(self, bad: BadSample) -> None:
+        """One line in bad_samples.jsonl; every rank appends its own, a short append is not torn."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "bad_samples.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"rank": distributed.rank(), **asdict(bad)}) + "\n")
+        self._say(f"image {bad.image_id} could not be read, image {bad.replaced_by} takes its place: {bad.reason}")
 
     def _save(self, progress: Progress) -> None:
         position = store.Position(

@@ -99,13 +99,26 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Shard folders made by `dino-scale pack`."""
+    """Shard folders made by `dino-scale pack`: on disk, or addresses (s3://, gs://, http://, https://)."""
 
     train: str = ""  # folder
     validation: str = ""  # folder; empty: no evaluation
+    cache: str = ""  # folder on each node for copies from addresses; empty: one in the system's temporary folder
+    cache_shards: bool = False  # copy whole shards from addresses, instead of asking for one image at a time
     loader_workers: int = 2  # processes per training worker; 0: read in the training process
+    order: Literal["permutation", "windowed", "size_planned"] = (
+        "permutation"  # windowed: neighbours in the shards stay near; size_planned: like sizes share a microbatch
+    )
+    bad_share: float = (
+        0.001  # unreadable images may be replaced up to this share of the images seen, at least one epoch
+    )
+    pad_multiple: int = 1  # padded height and width are rounded up to a multiple of this, for compiled models
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1] (ImageNet)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.bad_share <= 1, f"data.bad_share is {self.bad_share}: expected a share from 0 to 1")
+        _require(self.pad_multiple >= 1, f"data.pad_multiple is {self.pad_multiple}: expected 1 or more pixels")
 
 
 @dataclass(frozen=True)
@@ -119,6 +132,7 @@ class AugmentationConfig:
     crop_resize: tuple[int, ...] = (400, 500, 600)  # short side before the crop
     crop_min: int = 384  # smallest side of the crop
     crop_max: int = 600  # largest side of the crop
+    executor: Literal["fast", "reference"] = "fast"  # reference: Pillow, the official arithmetic; fast: within 2/255
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dino_scale.config.schema import StageConfig
-from dino_scale.errors import NonFiniteError
+from dino_scale.errors import DataError, NonFiniteError
 from dino_scale.structures import Batch
 from dino_scale.training import distributed
 from dino_scale.training.control import Control, MessageEvent, StepEvent
@@ -65,6 +65,8 @@ class Trainer:
         self.device = distributed.device()
         self.watch = Stopwatch()
         self.timed_steps = 0
+        self.agreed_steps = 0  # since this process began, like `replaced`
+        self.replaced = 0  # images that stood in for unreadable ones, on all ranks
         self.window: list[dict[str, Tensor]] = []
 
     def run(self, steps: Iterable[list[Batch]], progress: Progress) -> bool:
@@ -73,6 +75,7 @@ class Trainer:
         self._restart_watch()
         for microbatches in self._timed(source):
             box_count, stop = self._agree(microbatches)
+            self._require_few_replaced(progress.step)
             if stop:
                 self.save(progress)
                 return True
@@ -97,8 +100,22 @@ class Trainer:
     def _agree(self, microbatches: list[Batch]) -> tuple[float, bool]:
         """Boxes of the whole global batch (at least 1), and whether any rank was asked to stop: one collective."""
         boxes = sum(sum(batch.targets.counts) for batch in microbatches)
-        shared = distributed.sum_over_ranks(torch.tensor([float(boxes), float(self.control.stop_requested())]))
+        replaced = sum(batch.replaced for batch in microbatches)
+        own = [float(boxes), float(self.control.stop_requested()), float(replaced)]
+        shared = distributed.sum_over_ranks(torch.tensor(own))
+        self.replaced += int(shared[2])
+        self.agreed_steps += 1
         return max(1.0, float(shared[0])), bool(shared[1] > 0)
+
+    def _require_few_replaced(self, step: int) -> None:
+        """The same on every rank, whatever their number: all count the replacements of all."""
+        seen = max(self.length.samples, self.agreed_steps * self.length.global_size)
+        if self.replaced > self.config.data.bad_share * seen:
+            raise DataError(
+                f"stage {self.name}, step {step}: {self.replaced} image(s) could not be read and were replaced, more "
+                f"than data.bad_share ({self.config.data.bad_share}) of {seen} allows: see bad_samples.jsonl in the "
+                "stage's folder, then restore the shards or pack the dataset anew"
+            )
 
     def _step(self, microbatches: list[Batch], box_count: float, step: int) -> StepOutcome:
         """One optimizer step. The loss of every microbatch is scaled so that DeepSpeed's means add up to a sum."""
@@ -162,6 +179,7 @@ class Trainer:
             "losses": losses,
             "gradient_norm": outcome.gradient_norm if outcome.applied else None,
             "skipped_steps": progress.skipped,
+            "replaced_samples": self.replaced,
             "learning_rates": self.engine.learning_rates(),
             "images_per_second": rate,
             "data_wait_share": self.watch.wait_share(),

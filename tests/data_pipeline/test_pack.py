@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from data_pipeline.index import Index, ground_truth
 from data_pipeline.pack import pack
 from data_pipeline.reader import read_image
 from data_pipeline.synthetic import Split
+from data_pipeline.tasks import ordered_map
+from dino_scale.errors import UserError, WorkerLostError
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -179,7 +182,93 @@ def test_images_are_sought_in_every_folder_and_odd_paths_work(raw) -> None:
     assert Index.open(report.out).digest == report.digest
 
 
-def test_progress_counts_to_the_end(raw) -> None:
-    calls: list[tuple[int, int]] = []
-    raw.pack(progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(1, 3), (2, 3), (3, 3)]
+def test_progress_counts_to_the_end_of_every_phase(raw) -> None:
+    calls: list[tuple[str, int, int]] = []
+    raw.pack(progress=lambda *call: calls.append(call), samples_per_shard=2)
+    size = raw.annotations.stat().st_size
+    assert calls[-3:] == [("reading headers", 3, 3), ("writing shards", 2, 3), ("writing shards", 3, 3)]
+    assert ("reading annotations", size, size) in calls
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_any_number_of_processes_gives_the_same_bytes(raw_scenes, packed_scenes, tmp_path, workers: int) -> None:
+    split = raw_scenes["train"]
+    pack(split.annotations, [split.images], tmp_path / "again", samples_per_shard=16, workers=workers)
+    assert digests(tmp_path / "again") == digests(packed_scenes)
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupt_after(samples: int) -> Callable[[str, int, int], None]:
+    def progress(phase: str, done: int, total: int) -> None:
+        if phase == "writing shards" and done >= samples:
+            raise Stop
+
+    return progress
+
+
+def test_an_interrupted_pack_goes_on_where_it_stopped(raw_scenes, packed_scenes, tmp_path) -> None:
+    split, out = raw_scenes["train"], tmp_path / "out"
+    with pytest.raises(Stop):
+        pack(split.annotations, [split.images], out, samples_per_shard=16, progress=interrupt_after(32))
+    partial = tmp_path / ".out.partial"
+    finished = sorted(partial.glob("shard-*.tar"))
+    assert len(finished) == 2 and not out.exists()
+    os.utime(finished[0], (1, 1))
+    finished[1].write_bytes(b"torn by a crash")
+    pack(split.annotations, [split.images], out, samples_per_shard=16)
+    assert (out / "shard-00000.tar").stat().st_mtime == 1, "the finished shard was kept"
+    assert digests(out) == digests(packed_scenes) and not partial.exists()
+
+
+def test_a_changed_image_is_packed_anew_and_restart_forgets_all(raw) -> None:
+    def keep_first(**options) -> None:
+        with pytest.raises(Stop):
+            raw.pack(samples_per_shard=1, **options)
+
+    keep_first(progress=interrupt_after(2))
+    first = raw.out.with_name(".shards.partial") / "shard-00000.tar"
+    for path in raw.images.iterdir():
+        Image.new("RGB", (20, 10), (200, 10, 10)).save(path)
+    before = first.read_bytes()
+    keep_first(progress=interrupt_after(1))
+    assert first.read_bytes() != before
+    os.utime(first, (1, 1))
+    keep_first(progress=interrupt_after(1))
+    assert first.stat().st_mtime == 1
+    keep_first(progress=interrupt_after(1), restart=True)
+    assert first.stat().st_mtime != 1
+    assert len(raw.pack(samples_per_shard=1)) == 3
+
+
+def test_a_killed_pack_goes_on(raw_scenes, packed_scenes, tmp_path) -> None:
+    """The process itself is killed while shards are being written."""
+    split, out = raw_scenes["train"], tmp_path / "out"
+    code = (
+        "import os, signal, sys\n"
+        "from data_pipeline.pack import pack\n"
+        "def progress(phase, done, total):\n"
+        "    if phase == 'writing shards': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "pack(sys.argv[1], [sys.argv[2]], sys.argv[3], samples_per_shard=16, progress=progress)\n"
+    )
+    command = [sys.executable, "-c", code, str(split.annotations), str(split.images), str(out)]
+    assert subprocess.run(command, check=False).returncode == -9
+    assert not out.exists()
+    pack(split.annotations, [split.images], out, samples_per_shard=16)
+    assert digests(out) == digests(packed_scenes)
+
+
+def test_a_lost_packing_process_is_one_line() -> None:
+    with pytest.raises(WorkerLostError, match="a packing process died"):
+        list(ordered_map(os._exit, [3, 3], workers=2))
+
+
+def test_two_packs_into_one_target_are_refused(raw) -> None:
+    def meanwhile(phase: str, done: int, total: int) -> None:
+        if phase == "writing shards":
+            pack(raw.annotations, [raw.images], raw.out)
+
+    with pytest.raises(UserError, match="is being packed by another process"):
+        raw.pack(progress=meanwhile)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from data_pipeline.decode import decode
 from data_pipeline.order import Draws
 from data_pipeline.transforms import (
     Crop,
@@ -85,6 +86,30 @@ def test_training_pipeline_is_the_official_one(run: dict[str, Any]) -> None:
     pixels = apply_to_image(recorded_image(), plan)
     assert list(pixels.shape) == run["chw"] and pixels.dtype == torch.uint8
     assert normalised_mean(pixels) == pytest.approx(run["mean"], abs=1e-3)
+
+
+@pytest.mark.parametrize("run", GOLDEN["pipeline"], ids=lambda run: f"seed{run['seed']}")
+def test_the_reference_executor_is_the_official_pipeline(run: dict[str, Any]) -> None:
+    """Its mean is the recorded one to rounding; the fast executor stays within 2/255 of it, pixel by pixel."""
+    plan = sample_plan(640, 480, OFFICIAL, OfficialDraws(run["seed"]))
+    reference = apply_to_image(recorded_image(), plan, "reference")
+    assert list(reference.shape) == run["chw"] and reference.dtype == torch.uint8
+    assert normalised_mean(reference) == pytest.approx(run["mean"], abs=1e-5)
+    difference = (apply_to_image(recorded_image(), plan).int() - reference.int()).abs()
+    assert int(difference.max()) <= 2 and float((difference > 0).float().mean()) < 0.02
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "data/coco_mini/images").glob("*.jpg")), ids=lambda path: path.stem
+)
+def test_both_executors_agree_on_photographs(path: Path) -> None:
+    image = decode(path.read_bytes())
+    with Image.open(path) as picture:
+        assert np.array_equal(image, np.asarray(picture.convert("RGB"))), "the decoders agree bit for bit"
+    for number in range(3):
+        plan = sample_plan(image.shape[1], image.shape[0], OFFICIAL, Draws(0, 0, number))
+        fast, reference = (apply_to_image(image, plan, executor) for executor in ("fast", "reference"))
+        assert int((fast.int() - reference.int()).abs().max()) <= 2
 
 
 def test_the_recorded_runs_cover_both_branches() -> None:

@@ -1,0 +1,121 @@
+"""Looks at data without changing it: raw folders as `pack` would see them, packed folders file by file."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.annotations import FLAGS, AnnotationFormat
+from data_pipeline.index import Index
+from data_pipeline.manifest import REMEDY
+from data_pipeline.packing_plan import Plan, Progress, Selection, Source, report_of
+from data_pipeline.shard_writer import Verify, examine_shard
+from data_pipeline.tasks import ordered_map
+from dino_scale.errors import DataError
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What `pack` would write: images, boxes, classes, shards, and the content of report.json."""
+
+    samples: int
+    boxes: int
+    categories: int
+    shards: int
+    report: dict[str, Any]
+
+
+def examine(
+    annotations: Path,
+    images: Sequence[Path],
+    format: AnnotationFormat = "coco",
+    samples_per_shard: int = 3000,
+    progress: Progress | None = None,
+    verify: Verify = "decode",
+    *,
+    selection: Selection | None = None,
+    workers: int = 1,
+) -> Examination:
+    """All that `pack` would find in the same input, and nothing written. Raises what it would raise."""
+    selection = selection or Selection()
+    source = Source(annotations, images, format, 0, samples_per_shard, verify, selection, workers, progress)
+    plan = Plan.make(source)
+    rows: list[int] = []
+    done = 0
+    examined = ordered_map(examine_shard, plan.tasks("", source), workers)
+    for planned, (kept, repairs) in zip(plan.shards, examined, strict=True):
+        plan.repairs.add_all(repairs)
+        rows += kept
+        done += len(planned)
+        source.tell("decoding images", done, len(plan.order))
+    found = plan.found.annotations
+    boxes = int(np.diff(found.box_offsets)[np.array(rows, dtype=np.int64)].sum())
+    return Examination(len(rows), boxes, len(found.categories), len(plan.shards), report_of(plan.repairs))
+
+
+def check_shards(folder: Path, progress: Callable[[int, int], None] | None = None) -> Index:
+    """The opened dataset, after every byte of it was read and compared.
+
+    Compared are the SHA-256 of every file with the manifest, and the members of every shard (names, places, image
+    checksums, annotations) with the index. progress: told how many shards of how many are done. Raises DataError.
+    """
+    index = Index.open(folder)
+    index.verify()
+    shards = index.columns["shards"]
+    for number in range(len(index.shard_names)):
+        _check_members(index, number, np.flatnonzero(shards == number).tolist())
+        if progress:
+            progress(number + 1, len(index.shard_names))
+    return index
+
+
+def _check_members(index: Index, shard: int, samples: list[int]) -> None:
+    path = index.folder / index.shard_names[shard]
+    expected = [name for sample in samples for name in (f"{index.key(sample)}.jpg", f"{index.key(sample)}.json")]
+    with tarfile.open(path, "r:") as tar:
+        for place, member in enumerate(tar):
+            if place >= len(expected) or member.name != expected[place] or not member.isreg():
+                wanted = expected[place] if place < len(expected) else "its end"
+                raise DataError(f"{path}: holds '{member.name}' where the index expects {wanted}: {REMEDY}")
+            file = tar.extractfile(member)
+            assert file is not None, "a regular member has content"
+            _check_content(index, samples[place // 2], member, file.read(), path)
+        if len(tar.getmembers()) != len(expected):
+            raise DataError(f"{path}: ends after {len(tar.getmembers())} of {len(expected)} members: {REMEDY}")
+
+
+def _check_content(index: Index, sample: int, member: tarfile.TarInfo, content: bytes, path: Path) -> None:
+    columns = index.columns
+    if member.name.endswith(".json"):
+        same = json.loads(content) == _description(index, sample)
+    else:
+        place = (int(columns["image_offsets"][sample]), int(columns["image_sizes"][sample]))
+        same = place == (member.offset_data, member.size) and zlib.crc32(content) == columns["image_checksums"][sample]
+    if not same:
+        raise DataError(f"{path}: member {member.name} is not what the index says: {REMEDY}")
+
+
+def _description(index: Index, sample: int) -> dict[str, Any]:
+    """A KEY.json from the index alone."""
+    truth = index.boxes(sample)
+    start, stop = index.columns["box_offsets"][sample : sample + 2].tolist()
+    flags = index.columns["flags"][start:stop]
+    height, width = index.size(sample)
+    return {
+        "image_id": index.image_id(sample),
+        "file_name": index.file_name(sample),
+        "width": width,
+        "height": height,
+        "annotation_ids": truth.annotation_ids.tolist(),
+        "category_ids": [index.categories[label].id for label in truth.labels],
+        "boxes": truth.boxes.tolist(),
+        "areas": truth.areas.tolist(),
+        **{name: ((flags >> bit) & 1).tolist() for bit, name in enumerate(FLAGS)},
+    }

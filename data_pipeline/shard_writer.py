@@ -1,0 +1,155 @@
+"""Writes one shard: `KEY.jpg` + `KEY.json` in a tar file, and a receipt beside it that says what went in.
+
+A shard whose receipt matches its task is not written again: an interrupted packing goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from data_pipeline.annotations import Repairs
+from data_pipeline.decode import decode, encode_jpeg
+from data_pipeline.manifest import FileEntry, describe_file
+from dino_scale.errors import DataError
+
+os.environ["WDS_SECURE"] = "1"  # read on import: no pipes, no URLs that run commands
+import webdataset
+
+Verify = Literal["decode", "header"]
+RECEIPTS = "receipts"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One sample to be written. row: its place in the survey. content: its KEY.json. size, modified: of the file."""
+
+    row: int
+    key: str
+    image_id: int
+    path: str
+    file_name: str
+    plain_jpeg: bool
+    size: int
+    modified: int
+    content: str
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """folder: where to write; empty: only look at the images. skip_unreadable: leave them out, counted."""
+
+    number: int
+    folder: str
+    members: tuple[Member, ...]
+    verify: Verify
+    skip_unreadable: bool
+
+    def digest(self) -> str:
+        """Of everything that decides the shard's bytes; a file counts by its path, size and time."""
+        facts = [self.verify, self.skip_unreadable, [asdict(member) for member in self.members]]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A shard as written. rows: of the samples in it; offsets, sizes, checksums (CRC-32): of their images."""
+
+    task: str  # digest of the task
+    shard: FileEntry
+    rows: list[int]
+    offsets: list[int]
+    sizes: list[int]
+    checksums: list[int]
+    repairs: Repairs = field(default_factory=Repairs)
+
+    @classmethod
+    def parse(cls, text: str) -> Receipt:
+        content = json.loads(text)
+        return cls(**{**content, "shard": FileEntry(**content["shard"]), "repairs": Repairs(**content["repairs"])})
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.tar"
+
+
+def write_shard(task: ShardTask) -> Receipt:
+    """The shard of a task, written now or found finished. Raises DataError naming a file that cannot be used."""
+    folder = Path(task.folder)
+    receipt_path = folder / RECEIPTS / f"{task.number:05d}.json"
+    finished = _finished(folder, receipt_path, task.digest())
+    if finished is not None:
+        return finished
+    name = shard_name(task.number)
+    partial = folder / f"{name}.partial"
+    repairs = Repairs()
+    rows, checksums = [], []
+    with (
+        open(partial, "wb") as file,
+        webdataset.TarWriter(file, encoder=False, mtime=0) as writer,
+    ):
+        for member, image in readable_images(task, repairs):
+            rows.append(member.row)
+            checksums.append(zlib.crc32(image))
+            writer.write({"__key__": member.key, "jpg": image, "json": member.content.encode()})
+    with tarfile.open(partial, "r:") as shard:
+        places = [(entry.offset_data, entry.size) for entry in shard if entry.name.endswith(".jpg")]
+    os.replace(partial, folder / name)
+    offsets, sizes = [offset for offset, _ in places], [size for _, size in places]
+    receipt = Receipt(task.digest(), describe_file(folder, name), rows, offsets, sizes, checksums, repairs)
+    receipt_partial = receipt_path.with_suffix(".partial")
+    receipt_partial.write_text(json.dumps(asdict(receipt)), encoding="utf-8")
+    os.replace(receipt_partial, receipt_path)
+    return receipt
+
+
+def examine_shard(task: ShardTask) -> tuple[list[int], Repairs]:
+    """The rows that `write_shard` would write, and what it would mend; nothing is written."""
+    repairs = Repairs()
+    return [member.row for member, _ in readable_images(task, repairs)], repairs
+
+
+def readable_images(task: ShardTask, repairs: Repairs) -> Iterator[tuple[Member, bytes]]:
+    """The members with their JPEG bytes: the file's own where they are a plain JPEG, otherwise encoded anew."""
+    for member in task.members:
+        try:
+            yield member, _image_bytes(member, task.verify, repairs)
+        except DataError as error:
+            if not task.skip_unreadable:
+                raise
+            repairs.add("images_unreadable_skipped", str(error))
+
+
+def _image_bytes(member: Member, verify: Verify, repairs: Repairs) -> bytes:
+    try:
+        data = Path(member.path).read_bytes()
+        if member.plain_jpeg and verify == "header":
+            return data
+        pixels = decode(data)
+    except OSError as error:
+        raise DataError(f"{member.path}: cannot be read ({error.strerror}): check the file") from None
+    except DataError as error:
+        raise DataError(f"{member.path}: image {member.image_id} {error}") from None
+    if member.plain_jpeg:
+        return data
+    repairs.add("images_reencoded_as_jpeg", member.file_name)
+    return encode_jpeg(pixels)
+
+
+def _finished(folder: Path, receipt_path: Path, task: str) -> Receipt | None:
+    """The receipt, where it is of this very task and the shard's bytes are those it names."""
+    if not receipt_path.exists():
+        return None
+    try:
+        receipt = Receipt.parse(receipt_path.read_text(encoding="utf-8"))
+        entry = describe_file(folder, receipt.shard.name)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # torn by a crash of the machine: the shard is written anew
+    return receipt if receipt.task == task and entry == receipt.shard else None

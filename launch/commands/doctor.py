@@ -1,0 +1,41 @@
+"""`dino-scale doctor`: is this data fit for use? Nothing is written."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+
+from data_pipeline.doctor import check_shards, examine
+from dino_scale.errors import UserError
+from launch.commands.pack import phases, selection_of
+
+
+def run(arguments: argparse.Namespace) -> None:
+    raw = arguments.annotations is not None and bool(arguments.images)
+    if raw == (arguments.shards is not None) or (arguments.annotations is None) == bool(arguments.images):
+        raise UserError("doctor: expected either a packed folder, or --annotations and --images of a raw one")
+    console = Console(highlight=False, soft_wrap=True)
+    if arguments.shards is not None:
+        with phases(console) as tell:
+            index = check_shards(arguments.shards, lambda done, total: tell("reading shards", done, total))
+        boxes, shards = index.manifest.boxes, len(index.shard_names)
+        console.print(f"{index.folder}: {len(index)} images, {boxes} boxes, {shards} shard(s): all as packed")
+        return
+    with phases(console) as tell:
+        found = examine(
+            arguments.annotations,
+            arguments.images,
+            arguments.format,
+            progress=tell,
+            selection=selection_of(arguments),
+            workers=arguments.workers,
+        )
+    console.print(
+        f"{arguments.annotations}: pack would write {found.samples} images, {found.boxes} boxes of "
+        f"{found.categories} classes, {found.shards} shard(s)"
+    )
+    for kind, repair in found.report["repairs"].items():
+        console.print(f"  {kind}: {repair['count']}", markup=False)
+        for place in repair["first"]:
+            console.print(f"    {place}", markup=False)

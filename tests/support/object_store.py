@@ -1,0 +1,90 @@
+"""A small web server with Range on loopback that misbehaves on order: a stand-in for an object store."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+Fault = str  # "error", "short", "slow", "stalled", "flipped", "whole", "none"
+
+
+class Store(ThreadingHTTPServer):
+    """fault: what to do with the n-th request for a path (n from 0). requests: (path, start, end) in order."""
+
+    daemon_threads = True
+
+    def __init__(self, root: Path, fault: Callable[[str, int], Fault]) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.root, self.fault = root, fault
+        self.requests: list[tuple[str, int, int]] = []
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that gave up are part of the play."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Store
+
+    def do_GET(self) -> None:
+        path = self.server.root / self.path.lstrip("/")
+        if not path.is_file():
+            self.send_error(404)
+            return
+        content = path.read_bytes()
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        start, end = (int(asked[1]), int(asked[2]) + 1) if asked else (0, len(content))
+        with self.server.lock:
+            key = (self.path, start, end)
+            earlier = self.server.requests.count(key)
+            self.server.requests.append(key)
+        self._answer(content, start, end, bool(asked), self.server.fault(path.name, earlier))
+
+    def _answer(self, content: bytes, start: int, end: int, partial: bool, fault: Fault) -> None:
+        if fault == "error":
+            self.send_error(503)
+            return
+        if fault == "stalled":
+            time.sleep(1)
+        if fault == "whole":
+            start, end, partial = 0, len(content), False
+        body = content[start:end]
+        if fault == "flipped":
+            body = bytes([body[0] ^ 0xFF]) + body[1:]
+        self.send_response(206 if partial else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if fault == "short":
+            self.wfile.write(body[: len(body) // 2])
+            self.close_connection = True
+        elif fault == "slow":
+            for place in range(0, len(body), 1 + len(body) // 4):
+                self.wfile.write(body[place : place + 1 + len(body) // 4])
+                time.sleep(0.01)
+        else:
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Nothing on the terminal."""
+
+
+@contextmanager
+def serve(root: Path, fault: Callable[[str, int], Fault] = lambda name, earlier: "none") -> Iterator[Store]:
+    store = Store(root, fault)
+    thread = threading.Thread(target=store.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield store
+    finally:
+        store.shutdown()
+        store.server_close()
+        thread.join()
