@@ -13,7 +13,7 @@ import numpy as np
 import simplejpeg
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dino_scale.errors import DataError
 
@@ -102,4 +102,6 @@ def as_tensor(image: RGBImage) -> torch.Tensor:
 
 
 def _one_line(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # Pillow's own words name a Python object
+        return "of no known image format"
     return " ".join(str(error).split()) or type(error).__name__

@@ -25,7 +25,7 @@ from dino_scale.evaluation.instability import Instability, instability, matched_
 from dino_scale.model.dino import build_model
 from dino_scale.structures import Batch
 from launch.chain import run_chain
-from launch.engine import open_engine
+from launch.engines import open_engine
 from launch.progress import Progress
 from launch.run_folder import RunFolder
 

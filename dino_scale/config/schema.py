@@ -106,12 +106,9 @@ class DataConfig:
     cache: str = ""  # folder on each node for copies from addresses; empty: one in the system's temporary folder
     cache_shards: bool = False  # copy whole shards from addresses, instead of asking for one image at a time
     loader_workers: int = 2  # processes per training worker; 0: read in the training process
-    order: Literal["permutation", "windowed", "size_planned"] = (
-        "permutation"  # windowed: neighbours in the shards stay near; size_planned: like sizes share a microbatch
-    )
-    bad_share: float = (
-        0.001  # unreadable images may be replaced up to this share of the images seen, at least one epoch
-    )
+    # windowed: neighbours in the shards stay near; size_planned: like sizes share a microbatch
+    order: Literal["permutation", "windowed", "size_planned"] = "permutation"
+    bad_share: float = 0.001  # unreadable images may be replaced up to this share of those seen (at least one epoch)
     pad_multiple: int = 1  # padded height and width are rounded up to a multiple of this, for compiled models
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1] (ImageNet)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
