@@ -27,9 +27,7 @@ def components() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module", params=["small", "small5"])
 def case(request: pytest.FixtureRequest) -> Case:
-    if request.param == "small":
-        return read_case("small", outputs=(2, 3, 4), levels=4)
-    return read_case("small5", outputs=(1, 2, 3, 4), levels=5)
+    return read_case(request.param)
 
 
 @pytest.fixture(scope="module")
