@@ -26,6 +26,7 @@ from dino_scale.model.dino import build_model
 from dino_scale.structures import Batch
 from launch.chain import run_chain
 from launch.engines import open_engine
+from launch.preflight import check
 from launch.progress import Progress
 from launch.run_folder import RunFolder
 
@@ -71,7 +72,9 @@ def run_ladder(plan: Plan, run_dir: Path, progress: Progress) -> Iterator[Rung]:
     """Train and evaluate every rung with every seed in a new folder; each is yielded as it is done."""
     chains = [rung_chain(name, seed, plan, run_dir / "data") for seed in plan.seeds for name in RUNGS]
     draw_data(run_dir / "data", plan)
-    with open_engine(chains[0].launch) as engine:
+    engine = open_engine(chains[0].launch)
+    check(chains[0], engine.workers)
+    with engine:
         for chain in chains:
             progress.message(f"{chain.name}, seed {chain.seed}")
             folder = RunFolder.create(run_dir / f"{chain.name}_seed{chain.seed}", chain)

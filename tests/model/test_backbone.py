@@ -163,7 +163,7 @@ def test_swin_outputs_are_normalised() -> None:
         torch.testing.assert_close(one.var(1, unbiased=False), torch.ones_like(one.mean(1)), rtol=0, atol=1e-2)
 
 
-@pytest.mark.parametrize("config", [SWIN, RESNET], ids=["swin", "resnet"])
+@pytest.mark.parametrize("config", [SWIN, RESNET, CONVNEXT], ids=["swin", "resnet", "convnext"])
 def test_recomputed_activations_give_the_same_gradients(config: BackboneConfig) -> None:
     gradients = []
     for recompute in (False, True):
