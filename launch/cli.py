@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         f"{_DEBUG}=1 shows where an error arose.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_demo, _pack, _doctor, _plan, _train, _resume, _evaluate, _predict, _report):
+    for add in (_demo, _pack, _doctor, _plan, _train, _resume, _evaluate, _predict, _report, _bench):
         add(commands)
     return parser
 
@@ -239,6 +239,20 @@ def _report(commands: Commands) -> None:
     text = "write report.html of a run anew: curves, per-class AP, best and worst pictures"
     parser = _command(commands, "report", text, "dino-scale report runs/first", run)
     parser.add_argument("run_dir", type=Path, metavar="R", help="run folder of train or demo")
+
+
+def _bench(commands: Commands) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.bench import run
+
+        run(options)
+
+    text = "measure a part of the program on this machine, as ratios to the usual way"
+    parser = _command(commands, "bench", text, "dino-scale bench loader shards/train", run)
+    parser.add_argument("part", choices=("loader",))
+    parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder made by pack")
+    parser.add_argument("--images", type=int, default=200, metavar="N", help="images to decode; default 200")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures here")
 
 
 def _share(text: str) -> float:
