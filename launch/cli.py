@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from dino_scale.errors import DinoScaleError, UserError
+from launch.bench_cli import add_benchmarks
 
 if TYPE_CHECKING:
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -276,23 +277,8 @@ def _export(commands: Commands) -> None:
 
 
 def _bench(commands: Commands) -> None:
-    def run(options: argparse.Namespace) -> None:
-        from launch.commands.bench import ladder
-
-        ladder(options)
-
-    example = "dino-scale bench ladder --steps 800 --images 1600 --out ladder.csv"
-    parser = _command(commands, "bench", "measurements on this machine", example, run)
-    what = parser.add_subparsers(title="what is measured", metavar="WHAT", required=True)
-    text = "DINO and the detectors it descends from, trained alike on synthetic pictures"
-    parser = _command(what, "ladder", text, example, run)
-    parser.add_argument("--steps", type=int, default=800, metavar="N", help="optimizer steps; default 800")
-    parser.add_argument("--images", type=int, default=1600, metavar="N", help="training pictures; default 1600")
-    parser.add_argument("--validation", type=int, default=200, metavar="N", help="validation pictures; default 200")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="default: 0")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="1 (default): this process; more: Ray")
-    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="new file; default R/ladder.csv")
-    parser.add_argument("--run-dir", type=Path, metavar="R", help="new folder; default runs/ladder-DATE-TIME")
+    text = "measurements on this machine"
+    add_benchmarks(commands.add_parser("bench", help=text, description=text), _command)
 
 
 def _share(text: str) -> float:

@@ -20,8 +20,7 @@ from dino_scale.checkpoint.transfer import Transfer, carry_over, match_classes
 from dino_scale.checkpoint.weights import Preparation, Weights, load_weights, save_weights
 from dino_scale.config.schema import ChainConfig, StageConfig
 from dino_scale.errors import ConfigError
-from dino_scale.evaluation.coco import evaluate_detections
-from dino_scale.evaluation.detector import detect_all, gather_detections
+from dino_scale.evaluation.detector import detect_all, evaluate_over_ranks, gather_detections
 from dino_scale.evaluation.result import EvaluationResult
 from dino_scale.loss.criterion import Criterion
 from dino_scale.model.dino import Dino, build_model
@@ -230,8 +229,7 @@ class _StageRun:
             precision=self.config.precision,
         )
         found = gather_detections(own)
-        truth = self.validation
-        result = distributed.on_rank_zero(lambda: evaluate_detections(ground_truth(truth), found))
+        result = evaluate_over_ranks(ground_truth(self.validation), found)
         self.metrics = dict(result.metrics)
         if distributed.rank() == 0:
             write_evaluation(self.folder / "evaluation", progress.step, result, found)

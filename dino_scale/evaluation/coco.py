@@ -7,7 +7,9 @@ so the pictures of the report show the very decisions the AP was computed from.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -39,8 +41,44 @@ _MOST_DETECTIONS = -1  # place of 100 detections per image
 _OPERATING_SCORE_OF_NOTHING = 0.5
 
 
+@dataclass(frozen=True)
+class MatchedShare:
+    """COCOeval's decisions about a share of the images: its rows by (place of class, place of area range, image id)."""
+
+    rows: dict[tuple[int, int, int], dict[str, Any]]
+
+
+def match_share(
+    ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], share: int, shares: int
+) -> MatchedShare:
+    """The costly part of `evaluate_detections` for every `shares`-th image from the `share`-th on, in order of id.
+
+    Every share must be given the same arguments. Raises DataError as `evaluate_detections` does.
+    """
+    dataset = _ground_truth_dataset(ground_truth)
+    evaluation = _prepared(dataset, _detection_dataset(dataset, detections))
+    mine = sorted(evaluation.params.imgIds)[share::shares]
+    evaluation.params.imgIds = mine
+    rows: dict[tuple[int, int, int], dict[str, Any]] = {}
+    if mine:
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluation.evaluate()
+        places = itertools.product(
+            range(len(evaluation.params.catIds)), range(len(evaluation.params.areaRng)), evaluation.params.imgIds
+        )
+        rows = {
+            (category, area, int(image)): row
+            for (category, area, image), row in zip(places, evaluation.evalImgs, strict=True)
+            if row is not None
+        }
+    return MatchedShare(rows)
+
+
 def evaluate_detections(
-    ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], examples: int = 8
+    ground_truth: Mapping[str, Any],
+    detections: Sequence[Mapping[str, Any]],
+    examples: int = 8,
+    matched: Sequence[MatchedShare] = (),
 ) -> EvaluationResult:
     """Compares `detections` with `ground_truth` as COCO does (IoU 0.5:0.95, at most 100 detections an image and class).
 
@@ -48,12 +86,13 @@ def evaluate_detections(
         category_id, bbox xywh in pixels; area and iscrowd where known, otherwise width * height and 0).
     detections: entries of a COCO results file (image_id, category_id, bbox xywh, score); may be empty.
     examples: how many of the best and of the worst pictures to keep with their boxes.
+    matched: all shares of `match_share` with the same arguments, if that was done before; the result is the same.
     Neither argument is changed. DataError: a detection of an unknown image or category, or with a number that is
     not finite.
     """
     dataset = _ground_truth_dataset(ground_truth)
     found = _detection_dataset(dataset, detections)
-    evaluation, metrics = _run(dataset, found)
+    evaluation, metrics = _run(dataset, found, matched)
     matches = _matches(evaluation)
     threshold = _operating_score(matches)
     scores = _image_scores(matches, evaluation.params.imgIds, threshold)
@@ -131,18 +170,40 @@ def _detection_dataset(dataset: dict[str, Any], detections: Sequence[Mapping[str
     return {"images": dataset["images"], "categories": dataset["categories"], "annotations": annotations}
 
 
-def _run(dataset: dict[str, Any], found: dict[str, Any]) -> tuple[COCOeval, dict[str, float]]:
-    """COCOeval after evaluation, and its 12 numbers by name. pycocotools prints; nobody asked it to."""
+def _prepared(dataset: dict[str, Any], found: dict[str, Any]) -> COCOeval:
+    """COCOeval before evaluation. pycocotools prints; nobody asked it to."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth_index, found_index = COCO(), COCO()
         truth_index.dataset, found_index.dataset = dataset, found
         truth_index.createIndex()
         found_index.createIndex()
-        evaluation = COCOeval(truth_index, found_index, "bbox")
-        evaluation.evaluate()
+        return COCOeval(truth_index, found_index, "bbox")
+
+
+def _run(
+    dataset: dict[str, Any], found: dict[str, Any], matched: Sequence[MatchedShare]
+) -> tuple[COCOeval, dict[str, float]]:
+    """COCOeval after evaluation, and its 12 numbers by name."""
+    evaluation = _prepared(dataset, found)
+    with contextlib.redirect_stdout(io.StringIO()):
+        if matched:
+            _adopt(evaluation, matched)
+        else:
+            evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation, {name: float(value) for name, value in zip(METRIC_NAMES, evaluation.stats, strict=True)}
+
+
+def _adopt(evaluation: COCOeval, matched: Sequence[MatchedShare]) -> None:
+    """What `COCOeval.evaluate` leaves behind, from decisions made before."""
+    params = evaluation.params
+    params.imgIds = list(np.unique(params.imgIds))
+    params.catIds = list(np.unique(params.catIds))
+    rows = {key: row for share in matched for key, row in share.rows.items()}
+    places = itertools.product(range(len(params.catIds)), range(len(params.areaRng)), params.imgIds)
+    evaluation.evalImgs = [rows.get((category, area, int(image))) for category, area, image in places]
+    evaluation._paramsEval = copy.deepcopy(params)
 
 
 def _class_results(evaluation: COCOeval, dataset: dict[str, Any]) -> tuple[ClassResult, ...]:

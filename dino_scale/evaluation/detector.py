@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from dino_scale.evaluation.coco import evaluate_detections, match_share
 from dino_scale.evaluation.detections import to_coco_detections
+from dino_scale.evaluation.result import EvaluationResult
 from dino_scale.model.dino import Dino
 from dino_scale.model.postprocess import detect
 from dino_scale.model.preprocess import normalise
@@ -46,3 +48,13 @@ def gather_detections(own: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Detections of all ranks on every rank, ordered by image, so that the result does not depend on their number."""
     everything = [item for part in distributed.gather_objects(own) for item in part]
     return sorted(everything, key=lambda item: (item["image_id"], -item["score"]))
+
+
+def evaluate_over_ranks(ground_truth: Mapping[str, Any], found: list[dict[str, Any]]) -> EvaluationResult:
+    """`evaluate_detections` with the images dealt to the ranks; the same numbers to the last bit, on every rank.
+
+    Both arguments must be whole and the same on every rank.
+    """
+    share = match_share(ground_truth, found, distributed.rank(), distributed.world_size())
+    shares = distributed.gather_on_zero(share)
+    return distributed.on_rank_zero(lambda: evaluate_detections(ground_truth, found, matched=shares or ()))

@@ -103,6 +103,13 @@ def gather_objects(value: T) -> list[T]:
     return gathered  # type: ignore[return-value]
 
 
+def gather_on_zero(value: T) -> list[T] | None:
+    """`value` of every rank, in rank order, on rank 0 alone."""
+    gathered: list[T | None] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, gathered)
+    return gathered  # type: ignore[return-value]
+
+
 def broadcast_object(value: T | None, source: int = 0) -> T:
     """The `value` of rank `source`, on every rank."""
     box = [value]

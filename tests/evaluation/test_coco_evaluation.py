@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dino_scale.errors import DataError
-from dino_scale.evaluation.coco import evaluate_detections
+from dino_scale.evaluation.coco import evaluate_detections, match_share
 from dino_scale.evaluation.detections import to_coco_detections
+from dino_scale.evaluation.detector import evaluate_over_ranks
 from dino_scale.evaluation.result import METRIC_NAMES, Confusion, EvaluationResult
 from dino_scale.structures import Category, Detections
+from tests.support.processes import run_ranks
 
 CATEGORIES = (3, 7, 20, 91)  # raw ids with gaps; 91 never has a box
 
@@ -81,6 +84,33 @@ def test_numbers_equal_pycocotools_used_directly(tmp_path: Path, seed: int) -> N
     assert (truth, found) == before  # pycocotools writes into what it is given
     assert list(result.metrics) == list(METRIC_NAMES)
     assert list(result.metrics.values()) == direct_numbers(tmp_path, truth, found)
+
+
+@pytest.mark.parametrize("shares", [1, 2, 3, 200])
+@pytest.mark.parametrize("seed", range(3))
+def test_matching_in_shares_gives_the_same_result(seed: int, shares: int) -> None:
+    """Also with more shares than images; everything is equal, not only the numbers."""
+    rng = random.Random(seed)
+    truth = random_ground_truth(rng)
+    found = random_detections(rng, truth)
+    parts = [match_share(truth, found, share, shares) for share in range(shares)]
+    sent = pickle.loads(pickle.dumps(parts))
+    assert evaluate_detections(truth, found, matched=sent) == evaluate_detections(truth, found)
+    if shares in (2, 3):
+        assert evaluate_detections(truth, found, matched=sent[1:]) != evaluate_detections(truth, found)
+
+
+def over_ranks(seed: int) -> EvaluationResult:
+    rng = random.Random(seed)
+    truth = random_ground_truth(rng)
+    return evaluate_over_ranks(truth, random_detections(rng, truth))
+
+
+def test_evaluation_over_processes_is_bit_equal() -> None:
+    rng = random.Random(5)
+    truth = random_ground_truth(rng)
+    alone = evaluate_detections(truth, random_detections(rng, truth))
+    assert run_ranks(over_ranks, 3, 5) == [alone, alone, alone]
 
 
 def test_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ _COLUMNS = ("detector", "parameters", "AP", "AP50", "instability", "IS", "second
 _FIELDS = ("rung", "seed", "steps", "images", "parameters", "AP", "AP50", "instability", "IS", "by_epoch", "seconds")
 
 
-def ladder(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     if min(options.steps, options.images, options.validation, options.workers) < 1 or not options.seeds:
         raise UserError("bench ladder: --steps, --images, --validation and --workers are at least 1, --seeds not empty")
     if options.out is not None and options.out.exists():

@@ -1,0 +1,47 @@
+"""The arguments of `dino-scale bench WHAT`; nothing heavy is imported before a measurement runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+AddCommand = Callable[..., argparse.ArgumentParser]  # (subparsers, name, text, example, run)
+
+
+def add_benchmarks(parser: argparse.ArgumentParser, add: AddCommand) -> None:
+    """Put one subcommand per measurement below `parser`; `add` makes one, as for the commands above it."""
+    what = parser.add_subparsers(title="what is measured", metavar="WHAT", required=True)
+    _loader(what, add)
+    _ladder(what, add)
+
+
+def _loader(what: Any, add: AddCommand) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.bench_loader import run
+
+        run(options)
+
+    text = "reading, decoding and padding against the usual way, as ratios"
+    parser = add(what, "loader", text, "dino-scale bench loader shards/train", run)
+    parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder made by pack")
+    parser.add_argument("--images", type=int, default=200, metavar="N", help="images to decode; default 200")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures here")
+
+
+def _ladder(what: Any, add: AddCommand) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.bench_ladder import run
+
+        run(options)
+
+    text = "DINO and the detectors it descends from, trained alike on synthetic pictures"
+    parser = add(what, "ladder", text, "dino-scale bench ladder --steps 800 --images 1600 --out ladder.csv", run)
+    parser.add_argument("--steps", type=int, default=800, metavar="N", help="optimizer steps; default 800")
+    parser.add_argument("--images", type=int, default=1600, metavar="N", help="training pictures; default 1600")
+    parser.add_argument("--validation", type=int, default=200, metavar="N", help="validation pictures; default 200")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="default: 0")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="1 (default): this process; more: Ray")
+    parser.add_argument("--out", type=Path, metavar="FILE.csv", help="new file; default R/ladder.csv")
+    parser.add_argument("--run-dir", type=Path, metavar="R", help="new folder; default runs/ladder-DATE-TIME")
