@@ -110,9 +110,7 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, stage: str, step: i
 
 def start(folder: Path, run: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "launch", "train", str(folder / "chain.yaml"), "--run-dir", str(run)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def process_status(pid: int) -> list[str]:
