@@ -14,6 +14,8 @@ from kernels.deform_attn.triton_backward import GROUP, deform_attn_backward_kern
 from kernels.deform_attn.triton_forward import deform_attn_forward_kernel
 from kernels.deform_attn.triton_sampling import SIZES
 from kernels.deform_attn.tuning import rule
+from kernels.matching.triton_assignment import COLUMNS_PER_WARP, ROWS_AT_ONCE, assignment_kernel
+from kernels.matching.triton_cost import matching_cost_kernel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -107,6 +109,24 @@ def test_every_head_size_dtype_and_reference(capability: int, box: bool, channel
     for levels, points in ((4, 4), (5, 4), (5, 8)):
         assert compile_forward(capability, dtype, channels, levels, points, box).stack_bytes == 0
         check_atomics(compile_backward(capability, dtype, channels, levels, points, box), capability)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_matcher_spills_nothing(capability: int) -> None:
+    """For 900 queries: a vector of 1024 in the registers of 4 and of 8 warps."""
+    costs = {"costs": "*fp32", "minimum": "*fp32", "cheapest": "*i32"}
+    sizes = dict.fromkeys(("images", "queries", "classes", "targets"), "i32")
+    weights = dict.fromkeys(("class_cost", "box_cost", "giou_cost", "alpha", "broken_cost"), "fp32")
+    inputs = {"logits": "*fp32", "boxes": "*fp32", "labels": "*i64", "target_boxes": "*fp32", "image": "*i32"}
+    constants = {"LOG_EPSILON": 1e-8, "AREA_EPSILON": 1e-6, "BLOCK": 1024}
+    types = {**costs, **sizes, **weights, **inputs}
+    cost = compile_kernel(matching_cost_kernel, types, constants, capability=capability, warps=4)
+    scratch = {"starts": "*i32", "potential": "*fp64", "column_of_row": "*i64", "row_of_column": "*i32"}
+    block = {"BLOCK": 1024, "ROWS": ROWS_AT_ONCE}
+    types = {**costs, **scratch, **sizes}
+    assignment = compile_kernel(assignment_kernel, types, block, capability=capability, warps=1024 // COLUMNS_PER_WARP)
+    assert cost.stack_bytes == assignment.stack_bytes == 0
+    assert not cost.atomics and list(assignment.atomics) == ["atom.global.gpu.relaxed.min.s32"]
 
 
 def test_a_spill_would_be_seen() -> None:
