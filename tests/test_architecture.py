@@ -38,7 +38,7 @@ HOMES = {
     "pycocotools": Home("dino_scale.evaluation.coco"),
     "webdataset": Home("data_pipeline"),
     "simplejpeg": Home("data_pipeline"),
-    "triton": Home("kernels", single=False, required=False),  # the CUDA kernels are not written yet
+    "triton": Home("kernels", single=False),
     "numba": Home("kernels", single=False),
 }
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ def deform_attn(
         (width, height). 4-d, a box: location = centre + offset / P * size / 2. No gradient flows into them.
     level_shapes: (height, width) of each level, plain integers.
     impl: "triton" (CUDA), "cpu" (numba), "reference" (plain torch), or "auto" by device, said once in the log.
+        The value gradient of "triton" varies in its last bits from run to run, except under
+        `torch.use_deterministic_algorithms(True)`, where it is bit-identical at a higher cost.
 
     Locations that are NaN, infinite or far outside contribute nothing. Returns (B, Q, M * D) in the dtype of `value`.
     Raises ValueError for arguments that do not fit together, RuntimeError for an implementation that cannot run here.
@@ -61,12 +64,19 @@ def choose_implementation(impl: str, device: torch.device) -> str:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"deform_attn: impl={impl!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
     if impl == "auto":
-        return {"cpu": "cpu"}.get(device.type, "reference")
-    if impl == "triton":
-        raise RuntimeError("deform_attn: impl='triton' does not exist yet; use impl='auto' or impl='reference'")
+        return {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
+    if impl == "triton" and device.type != "cuda" and not _interpreted():
+        raise RuntimeError(
+            f"deform_attn: impl='triton' got tensors on {device}, but runs on CUDA devices only (elsewhere just in "
+            "Triton's interpreter, TRITON_INTERPRET=1); use impl='auto' or impl='reference'"
+        )
     if impl == "cpu" and device.type != "cpu":
         raise RuntimeError(f"deform_attn: impl='cpu' got tensors on {device}; use impl='auto' or move them to the CPU")
     return impl
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
@@ -108,7 +118,7 @@ def _forward(
     value: Tensor, offsets: Tensor, logits: Tensor, reference_points: Tensor, sizes: list[int], impl: str
 ) -> Tensor:
     _check(value, offsets, logits, reference_points, sizes)
-    return _load(impl).forward(value, offsets, logits, reference_points, sizes)
+    return _implementation(impl).forward(value, offsets, logits, reference_points, sizes)
 
 
 @_forward.register_fake
@@ -126,7 +136,7 @@ def _backward(
     sizes: list[int],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _load(impl).backward(grad, value, offsets, logits, reference_points, sizes)
+    return _implementation(impl).backward(grad, value, offsets, logits, reference_points, sizes)
 
 
 @_backward.register_fake
@@ -164,8 +174,21 @@ _forward.register_autograd(_autograd, setup_context=_save_inputs)
 _backward.register_autograd(_no_second_derivative, setup_context=_save_nothing)
 
 
-def _load(impl: str) -> Any:
-    """The module of an implementation; imported on first use, because numba takes a second to import."""
-    from kernels.deform_attn import cpu
+class _Implementation(NamedTuple):
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
-    return {"cpu": cpu}[impl]
+
+def _implementation(impl: str) -> _Implementation:
+    """Imported on first use, because numba and triton take a second to import."""
+    if impl == "cpu":
+        from kernels.deform_attn import cpu
+
+        return _Implementation(cpu.forward, cpu.backward)
+    try:
+        from kernels.deform_attn import triton_backward, triton_forward
+    except ImportError as error:
+        raise RuntimeError(
+            f"deform_attn: impl='triton' needs triton ({error}); pip install triton or use impl='reference'"
+        ) from error
+    return _Implementation(triton_forward.forward, triton_backward.backward)

@@ -47,18 +47,24 @@ def match(
 
     logits: (Lyr, B, N, C), any floating type. boxes: (Lyr, B, N, 4) as cx, cy, w, h.
     labels: (T,) int64 and target_boxes: (T, 4), images one after the other; counts: targets per image, length B.
-    On CUDA the costs are computed on the device and copied to the host once, for all layers together.
+    On CUDA both steps run on the device, and nothing waits for the host; elsewhere, and for a batch in which an image
+    has more targets than queries, scipy assigns on the host, in threads.
     Raises ValueError where counts do not fit the other arguments.
     """
     _check(logits, boxes, labels, target_boxes, counts)
     layers, targets = logits.shape[0], labels.shape[0]
     if layers == 0 or targets == 0:
         return torch.zeros((layers, targets), dtype=torch.int64, device=logits.device)
+    if logits.device.type == "cuda" and max(counts) <= logits.shape[2]:
+        from kernels.matching.triton_assignment import match_on_device
+
+        weights = {"class_cost": class_cost, "box_cost": box_cost, "giou_cost": giou_cost, "alpha": alpha}
+        return match_on_device(logits, boxes, labels, target_boxes, counts, **weights, broken_cost=BROKEN_COST)
     image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(list(counts)))
     image = image.to(logits.device, non_blocking=True)
     # On a CPU a few targets at a time, so that the twenty-odd intermediate results stay in the cache.
     cells = layers * logits.shape[2]
-    step = targets if logits.device.type == "cuda" else max(1, CELLS_IN_CACHE // cells)
+    step = max(1, CELLS_IN_CACHE // cells)
     cost = torch.empty((targets, layers, logits.shape[2]), dtype=torch.float32, device=logits.device)
     by_class, by_coordinate = logits.permute(1, 3, 0, 2), boxes.float().permute(3, 1, 0, 2).contiguous()
     for part in (slice(start, start + step) for start in range(0, targets, step)):

@@ -1,0 +1,137 @@
+"""The Triton kernels compiled for GPUs that are not here: nothing spilled, gradients added by wide atomics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from kernels.compile_check import Compiled, compile_kernel
+from kernels.deform_attn.triton_backward import GROUP, deform_attn_backward_kernel
+from kernels.deform_attn.triton_forward import deform_attn_forward_kernel
+from kernels.deform_attn.triton_sampling import SIZES
+from kernels.deform_attn.tuning import rule
+from kernels.matching.triton_assignment import COLUMNS_PER_WARP, ROWS_AT_ONCE, assignment_kernel
+from kernels.matching.triton_cost import matching_cost_kernel
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def constants(direction: Any, dtype: str, channels: int, levels: int, points: int, box: bool) -> dict[str, Any]:
+    padded = -(-channels // GROUP) * GROUP if direction == "backward" else channels
+    return {
+        "HEADS": 8,
+        "CHANNELS": channels,
+        "LEVELS": levels,
+        "POINTS": points,
+        "BOX": box,
+        "COMPUTE": tl.float32,
+        "BLOCK_QUERIES": rule(direction, channels, DTYPES[dtype]).queries,
+        "BLOCK_CHANNELS": triton.next_power_of_2(padded),
+    }
+
+
+def compile_forward(
+    capability: int, dtype: str, channels: int = 32, levels: int = 4, points: int = 4, box: bool = False
+) -> Compiled:
+    types = dict.fromkeys(("value", "offsets", "logits", "output"), f"*{dtype}")
+    types |= {"references": "*fp32", **dict.fromkeys(SIZES, "i32")}
+    fixed = constants("forward", dtype, channels, levels, points, box)
+    return compile_kernel(deform_attn_forward_kernel, types, fixed, capability=capability, warps=1)
+
+
+def compile_backward(
+    capability: int,
+    dtype: str,
+    channels: int = 32,
+    levels: int = 4,
+    points: int = 4,
+    box: bool = False,
+    deterministic: bool = False,
+) -> Compiled:
+    names = ("grad", "value", "offsets", "logits", "grad_offsets", "grad_logits")
+    types = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(SIZES, "i32")
+    types |= {"references": "*fp32", "sums": "*i64" if deterministic else "*fp32", "fixed_point_scale": "*fp32"}
+    fixed = constants("backward", dtype, channels, levels, points, box)
+    fixed |= {"PADDED": -(-channels // GROUP) * GROUP, "FIXED": deterministic}
+    fixed["BLOCK_SAMPLES"] = triton.next_power_of_2(levels * points)
+    return compile_kernel(deform_attn_backward_kernel, types, fixed, capability=capability, warps=1)
+
+
+def check_atomics(compiled: Compiled, capability: int) -> None:
+    """Four floats in one instruction from Hopper on. Ampere has no such instruction: one float each."""
+    assert compiled.stack_bytes == 0
+    kind = "relaxed.add.v4.f32" if capability >= 90 else "relaxed.add.f32"
+    assert compiled.atomics and all(name.endswith(kind) for name in compiled.atomics), compiled.atomics
+    check_no_result_is_awaited(compiled)
+
+
+def check_no_result_is_awaited(compiled: Compiled) -> None:
+    assert any(name.startswith("RED") for name in compiled.instructions)
+    assert not any(name.startswith("ATOM") for name in compiled.instructions)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "levels"), [(80, "bf16", 1), (90, "bf16", 4), (90, "fp32", 1), (100, "bf16", 1)]
+)
+def test_forward_spills_nothing_and_needs_no_barrier(capability: int, dtype: str, levels: int) -> None:
+    compiled = compile_forward(capability, dtype, levels=levels)
+    assert compiled.stack_bytes == 0 and compiled.barriers == 0 and not compiled.atomics
+    assert 0 < compiled.registers < 128
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "bf16"), (90, "bf16"), (90, "fp32"), (100, "bf16")])
+def test_backward_spills_nothing_and_adds_four_channels_at_once(capability: int, dtype: str) -> None:
+    check_atomics(compile_backward(capability, dtype), capability)
+
+
+@pytest.mark.parametrize("channels", [9, 12, 24])
+def test_odd_head_sizes_add_four_channels_at_once(channels: int) -> None:
+    check_atomics(compile_backward(90, "bf16", channels, levels=1, points=1), 90)
+
+
+def test_deterministic_backward_adds_integers() -> None:
+    compiled = compile_backward(90, "bf16", deterministic=True, levels=2)
+    assert compiled.stack_bytes == 0
+    assert compiled.atomics and all(name.endswith("relaxed.add.u64") for name in compiled.atomics), compiled.atomics
+    check_no_result_is_awaited(compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("box", [False, True])
+@pytest.mark.parametrize("channels", [8, 16, 32, 48, 64])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_every_head_size_dtype_and_reference(capability: int, box: bool, channels: int, dtype: str) -> None:
+    for levels, points in ((4, 4), (5, 4), (5, 8)):
+        assert compile_forward(capability, dtype, channels, levels, points, box).stack_bytes == 0
+        check_atomics(compile_backward(capability, dtype, channels, levels, points, box), capability)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_matcher_spills_nothing(capability: int) -> None:
+    """For 900 queries: a vector of 1024 in the registers of 4 and of 8 warps."""
+    costs = {"costs": "*fp32", "minimum": "*fp32", "cheapest": "*i32"}
+    sizes = dict.fromkeys(("images", "queries", "classes", "targets"), "i32")
+    weights = dict.fromkeys(("class_cost", "box_cost", "giou_cost", "alpha", "broken_cost"), "fp32")
+    inputs = {"logits": "*fp32", "boxes": "*fp32", "labels": "*i64", "target_boxes": "*fp32", "image": "*i32"}
+    constants = {"LOG_EPSILON": 1e-8, "AREA_EPSILON": 1e-6, "BLOCK": 1024}
+    types = {**costs, **sizes, **weights, **inputs}
+    cost = compile_kernel(matching_cost_kernel, types, constants, capability=capability, warps=4)
+    scratch = {"starts": "*i32", "potential": "*fp64", "column_of_row": "*i64", "row_of_column": "*i32"}
+    block = {"BLOCK": 1024, "ROWS": ROWS_AT_ONCE}
+    types = {**costs, **scratch, **sizes}
+    assignment = compile_kernel(assignment_kernel, types, block, capability=capability, warps=1024 // COLUMNS_PER_WARP)
+    assert cost.stack_bytes == assignment.stack_bytes == 0
+    assert not cost.atomics and list(assignment.atomics) == ["atom.global.gpu.relaxed.min.s32"]
+
+
+def test_a_spill_would_be_seen() -> None:
+    """A whole tile of 128 x 64 in one warp does not fit the registers."""
+    types = dict.fromkeys(("value", "offsets", "logits", "output", "references"), "*fp32")
+    fixed = {**constants("forward", "fp32", 64, 1, 1, False), "BLOCK_QUERIES": 128}
+    types |= dict.fromkeys(SIZES, "i32")
+    assert compile_kernel(deform_attn_forward_kernel, types, fixed, capability=90, warps=1).stack_bytes > 0
