@@ -21,14 +21,17 @@ from PIL import Image
 from data_pipeline.categories import objects365_categories
 from data_pipeline.collate import Sample, collate
 from data_pipeline.index import BOX_COLUMNS, SAMPLE_COLUMNS, Index
-from data_pipeline.loader import StreamMode, sample_stream
+from data_pipeline.loader import StreamMode
 from data_pipeline.manifest import FileEntry, Manifest
-from data_pipeline.order import Draws, SampleStream
+from data_pipeline.order import Draws, SampleStream, Stream
 from data_pipeline.reader import Reader
+from data_pipeline.size_order import SizePlannedStream
 from data_pipeline.transforms import Plan, apply_to_image, sample_plan
-from dino_scale.config.schema import AugmentationConfig, BatchConfig
+from dino_scale.config.schema import AugmentationConfig
 
 REPEATS = 5
+READS = 2000  # samples read as bytes, at least
+SIZES = 8192  # images whose padding is planned: a small dataset counts several times
 LARGE = 1_800_000  # samples of Objects365 with most of its validation set
 BOXES_PER_IMAGE = 14
 _MEAN, _STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -46,9 +49,9 @@ import sys, time
 from data_pipeline.index import Index
 from data_pipeline.order import SampleStream
 
-def private():
+def private():  # pages of the mapped columns are the system's cache, shared and given up when memory is short
     rows = dict(line.split(":", 1) for line in open("/proc/self/smaps_rollup").read().splitlines()[1:])
-    return sum(int(rows[name].split()[0]) for name in ("Private_Clean", "Private_Dirty")) / 1024
+    return int(rows["Private_Dirty"].split()[0]) / 1024
 
 before, begin = private(), time.perf_counter()
 index = Index.open(sys.argv[1])
@@ -66,9 +69,11 @@ class LoaderCosts:
     """Ratios are how many times cheaper ours is. padding: padded over real pixels less 1, by order and microbatch."""
 
     images: int
-    raw_microseconds: float
+    raw_microseconds: float  # with the checksum of every image
+    unchecked_microseconds: float
     webdataset_microseconds: float
     raw_ratio: float
+    unchecked_ratio: float
     fast_milliseconds: float
     official_milliseconds: float
     fast_ratio: float
@@ -86,7 +91,9 @@ def measure_loader(folder: Path, images: int, tell: Callable[[str], None]) -> Lo
     index = Index.open(folder)
     count = min(images, len(index))
     tell("reading bytes: index + pread against plain webdataset")
-    raw, plain = _interleaved([lambda: _raw(index), lambda: _webdataset(index)])
+    raw, unchecked, plain = _interleaved(
+        [lambda: _raw(index, True), lambda: _raw(index, False), lambda: _webdataset(index)]
+    )
     tell(f"decoding and augmenting {count} images: fast against the official chain")
     fast, official = _interleaved([lambda: _fast(index, count), lambda: _official(index, count)])
     tell("padding of the orders")
@@ -98,9 +105,11 @@ def measure_loader(folder: Path, images: int, tell: Callable[[str], None]) -> Lo
     seconds, megabytes = _large_index()
     return LoaderCosts(
         images=count,
-        raw_microseconds=raw / len(index) * 1e6,
-        webdataset_microseconds=plain / len(index) * 1e6,
+        raw_microseconds=raw * 1e6,
+        unchecked_microseconds=unchecked * 1e6,
+        webdataset_microseconds=plain * 1e6,
         raw_ratio=plain / raw,
+        unchecked_ratio=plain / unchecked,
         fast_milliseconds=fast / count * 1e3,
         official_milliseconds=official / count * 1e3,
         fast_ratio=official / fast,
@@ -117,23 +126,31 @@ def _interleaved(measures: list[Callable[[], float]]) -> list[float]:
     return [min(times) for times in zip(*rounds, strict=True)]
 
 
-def _raw(index: Index) -> float:
-    """Every image's bytes in the order of an epoch, and its boxes."""
+def _passes(index: Index) -> int:
+    """Epochs to read, so that a small dataset is not measured by what happens once."""
+    return -(-READS // len(index))
+
+
+def _raw(index: Index, checked: bool) -> float:
+    """Every image's bytes in the order of an epoch, and its boxes; seconds per sample."""
     begin = time.process_time()
     reader = Reader(index)
-    for sample, _ in SampleStream(len(index), 0).take(0, len(index)):
-        reader.image_bytes(sample)
+    read = reader.image_bytes if checked else reader.unchecked_bytes
+    reads = _passes(index) * len(index)
+    for sample, _ in SampleStream(len(index), 0).take(0, reads):
+        read(sample)
         index.boxes(sample)
-    return time.process_time() - begin
+    return (time.process_time() - begin) / reads
 
 
 def _webdataset(index: Index) -> float:
-    shards = [str(index.folder / name) for name in index.shard_names]
+    """The same shards streamed, nothing checked or decoded; seconds per sample."""
+    shards = [str(index.folder / name) for name in index.shard_names] * _passes(index)
     environment = {key: value for key, value in os.environ.items() if key != "WDS_SECURE"}
     command = [sys.executable, "-c", _STREAM, *shards]
     output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
-    assert int(output[1]) == len(index), "webdataset must see every sample"
-    return float(output[0])
+    assert int(output[1]) == len(index) * _passes(index), "webdataset must see every sample"
+    return float(output[0]) / int(output[1])
 
 
 def _fast(index: Index, count: int) -> float:
@@ -176,15 +193,17 @@ def _plan(index: Index, sample: int) -> Plan:
 
 
 def _padding(index: Index, order: StreamMode, microbatch: int) -> float:
-    """Over one epoch, or the first 8192 samples of it."""
-    samples = max(min(len(index), 8192) // microbatch * microbatch, microbatch)
-    stream = sample_stream(index, 0, AugmentationConfig(), BatchConfig(microbatch, microbatch), order)
-    sizes = []
-    for sample, epoch in stream.take(0, samples):
-        height, width = index.size(sample)
-        sizes.append(sample_plan(width, height, AugmentationConfig(), Draws(0, epoch, sample)).size)
-    shaped = np.array(sizes, dtype=np.int64).reshape(-1, microbatch, 2)
-    return float((shaped.max(axis=1).prod(axis=1) * microbatch).sum() / shaped.prod(axis=2).sum() - 1)
+    """Of an epoch of SIZES images with the sizes of these."""
+
+    def size_of(sample: int, epoch: int) -> tuple[int, int]:
+        height, width = index.size(sample % len(index))
+        return sample_plan(width, height, AugmentationConfig(), Draws(0, epoch, sample)).size
+
+    stream: Stream = SampleStream(SIZES, 0)
+    if order == "size_planned":
+        stream = SizePlannedStream(SIZES, 0, microbatch, size_of)
+    sizes = np.array([size_of(*pair) for pair in stream.take(0, SIZES)], dtype=np.int64).reshape(-1, microbatch, 2)
+    return float((sizes.max(axis=1).prod(axis=1) * microbatch).sum() / sizes.prod(axis=2).sum() - 1)
 
 
 def _large_index() -> tuple[float, float]:

@@ -255,7 +255,8 @@ def start_from(model: Dino, path: Path, index: Index, config: StageConfig) -> Tr
     """Fill a new model with the weights at `path`, class rows by class name."""
     weights = load_weights(path)
     by_name = config.start.class_map == "name"
-    pairs = match_classes(weights.categories, index.categories, class_aliases()) if by_name else []
+    choices = config.start.class_choices
+    pairs = match_classes(weights.categories, index.categories, class_aliases(), choices) if by_name else []
     return carry_over(
         weights.state, model.state_dict(), model.class_tensors(), pairs, weights.categories, index.categories
     )

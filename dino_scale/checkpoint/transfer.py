@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dino_scale.errors import CheckpointError
+from dino_scale.errors import CheckpointError, ConfigError
 from dino_scale.structures import Category
 
 
@@ -38,12 +38,18 @@ class Transfer:
 
 
 def match_classes(
-    old: Sequence[Category], new: Sequence[Category], aliases: Iterable[tuple[str, str]]
+    old: Sequence[Category],
+    new: Sequence[Category],
+    aliases: Iterable[tuple[str, str]],
+    choices: Mapping[str, str] | None = None,
 ) -> list[tuple[int, int]]:
     """(new contiguous id, old contiguous id) of every class that both have.
 
     `aliases`: pairs of names with the same meaning; a class of an equal name is preferred to one of an alias.
+    `choices`: new name -> old name, preferred to both. ConfigError where a choice names a class that is not there.
     """
+    chosen = {name.casefold(): choice.casefold() for name, choice in (choices or {}).items()}
+    _require_known(chosen, new, old)
     known = {category.name.casefold(): index for index, category in enumerate(old)}
     other_names: dict[str, list[str]] = {}
     for one, another in aliases:
@@ -52,10 +58,21 @@ def match_classes(
     pairs = []
     for index, category in enumerate(new):
         name = category.name.casefold()
-        found = [known[candidate] for candidate in (name, *other_names.get(name, [])) if candidate in known]
+        candidates = [chosen[name]] if name in chosen else [name, *other_names.get(name, [])]
+        found = [known[candidate] for candidate in candidates if candidate in known]
         if found:
             pairs.append((index, found[0]))
     return pairs
+
+
+def _require_known(choices: Mapping[str, str], new: Sequence[Category], old: Sequence[Category]) -> None:
+    for names, categories, side in ((choices, new, "the data"), (choices.values(), old, "the weights")):
+        unknown = sorted(set(names) - {category.name.casefold() for category in categories})
+        if unknown:
+            raise ConfigError(
+                f"start.class_choices: '{unknown[0]}' is no class of {side}: expected 'class of the data: class of the "
+                "weights to start from'"
+            )
 
 
 @torch.no_grad()

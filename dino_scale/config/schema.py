@@ -194,6 +194,9 @@ class StartConfig:
     stage: str = ""  # name of an earlier stage of the chain
     weights: str = ""  # path of a weights file; empty with an empty stage: from scratch
     class_map: Literal["name", "reinitialise"] = "name"  # name: rows of equal (or mapped) class names carry over
+    class_choices: dict[str, str] = field(
+        default_factory=dict
+    )  # class of this stage -> class of the weights to start from, where the built-in table is not what is wanted
 
     def __post_init__(self) -> None:
         _require(

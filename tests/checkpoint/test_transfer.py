@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dino_scale.checkpoint.transfer import carry_over, match_classes
-from dino_scale.errors import CheckpointError
+from dino_scale.errors import CheckpointError, ConfigError
 from dino_scale.structures import Category
 
 OLD = [Category(3, "Person"), Category(7, "Monitor/TV"), Category(9, "Kite")]
@@ -26,6 +26,16 @@ def _state(classes: int, value: float) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("aliases", [ALIASES, [("Monitor/TV", "tv")]])
 def test_names_match_without_case_and_through_aliases_in_either_direction(aliases: list[tuple[str, str]]) -> None:
     assert match_classes(OLD, NEW, aliases) == [(0, 1), (2, 0)]
+
+
+def test_a_choice_goes_before_the_table() -> None:
+    assert match_classes(OLD, NEW, ALIASES, {"TV": "Person", "zebra": "Monitor/TV"}) == [(0, 0), (1, 1), (2, 0)]
+    for choices, culprit in (
+        ({"lamp": "Person"}, "'lamp' is no class of the data"),
+        ({"tv": "Lamp"}, "'lamp' is no class of the weights"),
+    ):
+        with pytest.raises(ConfigError, match=culprit):
+            match_classes(OLD, NEW, ALIASES, choices)
 
 
 def test_class_rows_follow_names_and_new_classes_keep_their_initialisation() -> None:

@@ -24,6 +24,8 @@ def test_the_command(
 ) -> None:
     monkeypatch.setattr(bench, "REPEATS", 1)
     monkeypatch.setattr(bench, "LARGE", 20_000)
+    monkeypatch.setattr(bench, "READS", 100)
+    monkeypatch.setattr(bench, "SIZES", 512)
     out = tmp_path / "costs.json"
     assert main(["bench", "loader", str(packed_scenes), "--images", "4", "--out", str(out)]) == 0
     costs = json.loads(out.read_text())

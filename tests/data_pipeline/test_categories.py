@@ -1,3 +1,5 @@
+from pathlib import Path
+
 from data_pipeline.categories import (
     class_aliases,
     coco_categories,
@@ -22,6 +24,15 @@ def test_every_coco_class_has_a_counterpart_in_objects365() -> None:
     aliases = class_aliases()
     assert [coco for coco, _ in aliases] == [category.name for category in coco_categories()]
     assert all(counterpart in names for _, counterpart in aliases)
+
+
+def test_the_documented_table_is_the_one_in_use() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.partition("## COCO and")[2].splitlines()]
+    table = [(int(row[0]), row[1], row[2], int(row[3])) for row in rows if row and row[0].isdigit()]
+    number = {category.name: category.id for category in objects365_categories()}
+    ids = {category.name: category.id for category in coco_categories()}
+    assert table == [(ids[coco], coco, other, number[other]) for coco, other in class_aliases()]
 
 
 def test_spellings() -> None:
