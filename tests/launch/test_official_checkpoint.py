@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_pipeline.categories import coco_categories
+from dino_scale.checkpoint.transfer import match_classes
 from dino_scale.checkpoint.weights import load_weights
 from dino_scale.structures import Category
 from launch.cli import main
@@ -122,6 +124,21 @@ def test_numbers_are_of_the_right_classes(imported: tuple[Path, str], tmp_path: 
     assert again == found
     assert {row["name"] for row in result["classes"] if row["boxes"]} == {"person", "toothbrush"}
     assert result["metrics"]["AR100"] > 0.99
+
+
+def test_unknown_classes_are_refused(imported: tuple[Path, str], tmp_path: Path) -> None:
+    content = (MINI / "instances.json").read_text().replace('"zebra"', '"okapi"')
+    (tmp_path / "other.json").write_text(content)
+    shards = tmp_path / "shards"
+    succeed("pack", "--annotations", tmp_path / "other.json", "--images", MINI / "images", "--out", shards)
+    code, _, errors = dino_scale("evaluate", "--weights", imported[0], "--data", shards)
+    assert (code, "does not know ['okapi']" in errors) == (3, True), errors
+
+
+def test_rows_are_carried_over_by_name(imported: tuple[Path, str]) -> None:
+    """A stage with contiguous classes that starts from these weights takes the rows of its classes."""
+    pairs = match_classes(load_weights(imported[0]).categories, coco_categories(), ())
+    assert pairs == [(new, category.id) for new, category in enumerate(coco_categories())]
 
 
 def test_predicts_named_classes_only(imported: tuple[Path, str], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Tolerances are those of the recording's README: forward 2e-5 absolute, boxes 2e-
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from dino_scale.model.dino import Dino
 from dino_scale.model.outputs import Outputs
 from dino_scale.model.postprocess import detect
 from dino_scale.model.queries import propose
+from dino_scale.model.tokens import flatten_maps, level_masks
 from tests.support.goldens import Case
 from tests.support.official_step import PARTS, Step, official_loss_name, train_five_steps, train_step
 
@@ -87,10 +89,13 @@ def _forward(case: Case, model: Dino) -> Iterator[Row]:
     slices = [one[:, :: one.shape[1] // 16, ::4, ::4] for one in features]
     recorded = [arrays[f"backbone.{level}.slice"] for level in range(len(slices))]
     yield "backbone features", max(map(_worst, slices, recorded)), FORWARD
+    maps = model.neck(features)
+    every = int(next(name for name in arrays if name.startswith("memory.every")).rsplit("every", 1)[1])
+    tokens, places = flatten_maps(maps), model.encode_positions(level_masks(case.padding, maps))
+    yield "projected tokens", _worst(tokens[:, ::every], arrays[f"src_flatten.every{every}"]), FORWARD
+    yield "encoding of place and level", _worst(places[:, ::every], arrays[f"pos.every{every}"]), FORWARD
     memory, layout = model.encode(case.images, case.padding)
-    name = next(name for name in arrays if name.startswith("memory.every"))
-    every = int(name.rsplit("every", 1)[1])
-    yield "encoder memory", _worst(memory[:, ::every], arrays[name]), FORWARD
+    yield "encoder memory", _worst(memory[:, ::every], arrays[f"memory.every{every}"]), FORWARD
     proposals, usable = propose(layout)
     thin = every if arrays["output_proposals_unsigmoid"].shape[1] != proposals.shape[1] else 1
     yield "proposals (logits)", _worst(proposals[:, ::thin], arrays["output_proposals_unsigmoid"]), BOXES
@@ -193,8 +198,9 @@ def _thinned(ours: Tensor, recorded: np.ndarray) -> Tensor:
 
 def _worst(ours: Tensor, recorded: np.ndarray) -> float:
     assert tuple(ours.shape) == recorded.shape, f"{tuple(ours.shape)} against {recorded.shape}"
-    same = ours.detach().numpy() == recorded  # infinite proposals
-    return float(np.abs(np.where(same, 0, ours.detach().double().numpy() - np.where(same, 0, recorded))).max())
+    found = ours.detach().numpy()
+    unequal = found != recorded  # infinite proposals are equal, and have no difference
+    return max(map(_ordered, np.abs(found[unequal].astype(np.float64) - recorded[unequal]).tolist()), default=0.0)
 
 
 def _unequal(ours: Tensor, recorded: np.ndarray) -> int:
@@ -203,4 +209,9 @@ def _unequal(ours: Tensor, recorded: np.ndarray) -> int:
 
 
 def _relative(ours: float, recorded: float) -> float:
-    return abs(ours - recorded) / abs(recorded) if recorded else abs(ours)
+    return _ordered(abs(ours - recorded) / abs(recorded) if recorded else abs(ours))
+
+
+def _ordered(deviation: float) -> float:
+    """NaN would get lost in max()."""
+    return math.inf if math.isnan(deviation) else deviation
