@@ -1,4 +1,4 @@
-"""How much the matching changes from one moment of training to another (DN-DETR, arXiv 2203.01305, section 3.3).
+"""How much the matching changes from one moment of training to another (DN-DETR, arXiv 2203.01305).
 
 DN-DETR looks at fixed images after every epoch and counts the queries whose matched box has changed. Its queries are
 learned, so a query is the same one in every epoch. Selected queries (two-stage, DINO) have no such name: their index is
