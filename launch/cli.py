@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         f"{_DEBUG}=1 shows where an error arose.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_demo, _pack, _plan, _train, _resume, _evaluate, _predict, _report):
+    for add in (_demo, _pack, _plan, _train, _resume, _evaluate, _predict, _report, _bench):
         add(commands)
     return parser
 
@@ -212,6 +212,22 @@ def _report(commands: Commands) -> None:
     text = "write report.html of a run anew: curves, per-class AP, best and worst pictures"
     parser = _command(commands, "report", text, "dino-scale report runs/first", run)
     parser.add_argument("run_dir", type=Path, metavar="R", help="run folder of train or demo")
+
+
+def _bench(commands: Commands) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.bench_kernels import run
+
+        run(options)
+
+    example = "dino-scale bench kernels --device cpu --out kernels.csv"
+    parser = _command(commands, "bench", "measurements on this machine", example, run)
+    what = parser.add_subparsers(title="what is measured", metavar="WHAT", required=True)
+    text = "deformable attention and matching beside the usual ways to compute them"
+    parser = _command(what, "kernels", text, example, run)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument("--turns", type=int, default=5, metavar="N", help="the least of N times counts; default 5")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="new file")
 
 
 def _share(text: str) -> float:
