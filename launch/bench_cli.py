@@ -13,8 +13,22 @@ AddCommand = Callable[..., argparse.ArgumentParser]  # (subparsers, name, text, 
 def add_benchmarks(parser: argparse.ArgumentParser, add: AddCommand) -> None:
     """Put one subcommand per measurement below `parser`; `add` makes one, as for the commands above it."""
     what = parser.add_subparsers(title="what is measured", metavar="WHAT", required=True)
+    _kernels(what, add)
     _loader(what, add)
     _ladder(what, add)
+
+
+def _kernels(what: Any, add: AddCommand) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.bench_kernels import run
+
+        run(options)
+
+    text = "deformable attention and matching beside the usual ways to compute them"
+    parser = add(what, "kernels", text, "dino-scale bench kernels --device cpu --out kernels.csv", run)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument("--turns", type=int, default=5, metavar="N", help="the least of N times counts; default 5")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="new file")
 
 
 def _loader(what: Any, add: AddCommand) -> None:

@@ -27,8 +27,8 @@ class LaunchShape:
     warps: int
 
 
-# (direction, channels, levels, points, dtype, box) -> shape that was faster than the rule's on a card. Lines for it are
-# printed by `dino-scale bench kernels --device cuda --tune`. No card has been timed yet.
+# (direction, channels, levels, points, dtype, box) -> a shape that was faster than the rule's when timed on a card.
+# None has been timed yet.
 TIMED: dict[tuple[Direction, int, int, int, torch.dtype, bool], LaunchShape] = {}
 
 
