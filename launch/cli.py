@@ -211,9 +211,15 @@ def _evaluate(commands: Commands) -> None:
     example = "dino-scale evaluate --weights runs/first/finetune/weights.safetensors --data shards/validation"
     parser = _command(commands, "evaluate", "COCO numbers of trained weights on packed data", example, run)
     parser.add_argument("--weights", type=Path, required=True, metavar="W")
-    parser.add_argument("--data", type=Path, required=True, metavar="SHARDS", help="folder made by pack")
+    parser.add_argument("--data", required=True, metavar="SHARDS", help="folder made by pack, or its address")
     parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for evaluation.json and detections.json")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
+    parser.add_argument(
+        "--backend",
+        choices=("pycocotools", "faster"),
+        default="pycocotools",
+        help="faster: numbers by faster-coco-eval, nothing per image; default: pycocotools",
+    )
 
 
 def _predict(commands: Commands) -> None:

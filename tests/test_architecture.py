@@ -36,6 +36,8 @@ HOMES = {
     "deepspeed": Home("dino_scale.training.zero"),
     "timm": Home("dino_scale.model.backbone"),
     "pycocotools": Home("dino_scale.evaluation.coco"),
+    "faster_coco_eval": Home("dino_scale.evaluation.faster", required=False),
+    "fsspec": Home("data_pipeline", required=False),
     "webdataset": Home("data_pipeline"),
     "simplejpeg": Home("data_pipeline"),
     "triton": Home("kernels", single=False),

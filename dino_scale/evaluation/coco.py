@@ -55,8 +55,8 @@ def match_share(
 
     Every share must be given the same arguments. Raises DataError as `evaluate_detections` does.
     """
-    dataset = _ground_truth_dataset(ground_truth)
-    evaluation = _prepared(dataset, _detection_dataset(dataset, detections))
+    dataset = ground_truth_dataset(ground_truth)
+    evaluation = _prepared(dataset, detection_dataset(dataset, detections))
     mine = sorted(evaluation.params.imgIds)[share::shares]
     evaluation.params.imgIds = mine
     rows: dict[tuple[int, int, int], dict[str, Any]] = {}
@@ -90,8 +90,8 @@ def evaluate_detections(
     Neither argument is changed. DataError: a detection of an unknown image or category, or with a number that is
     not finite.
     """
-    dataset = _ground_truth_dataset(ground_truth)
-    found = _detection_dataset(dataset, detections)
+    dataset = ground_truth_dataset(ground_truth)
+    found = detection_dataset(dataset, detections)
     evaluation, metrics = _run(dataset, found, matched)
     matches = _matches(evaluation)
     threshold = _operating_score(matches)
@@ -101,8 +101,8 @@ def evaluate_detections(
     outcomes = _Outcomes(matches, threshold)
     return EvaluationResult(
         metrics=metrics,
-        classes=_class_results(evaluation, dataset),
-        mean_precision=_mean_precision(evaluation),
+        classes=class_results(evaluation, dataset),
+        mean_precision=mean_precision_curve(evaluation),
         operating_score=threshold,
         images=tuple(scores),
         confusions=_confusions(boxes, [score.image_id for score in scores]),
@@ -111,7 +111,7 @@ def evaluate_detections(
     )
 
 
-def _ground_truth_dataset(ground_truth: Mapping[str, Any]) -> dict[str, Any]:
+def ground_truth_dataset(ground_truth: Mapping[str, Any]) -> dict[str, Any]:
     """A copy whose annotations are numbered from 1: COCOeval takes a match with annotation 0 for no match."""
     annotations = []
     for number, annotation in enumerate(ground_truth["annotations"], start=1):
@@ -133,7 +133,7 @@ def _ground_truth_dataset(ground_truth: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _detection_dataset(dataset: dict[str, Any], detections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def detection_dataset(dataset: dict[str, Any], detections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What COCO.loadRes builds, without its failure on an empty list and without writing into the caller's entries."""
     images = {image["id"] for image in dataset["images"]}
     categories = {category["id"] for category in dataset["categories"]}
@@ -206,7 +206,7 @@ def _adopt(evaluation: COCOeval, matched: Sequence[MatchedShare]) -> None:
     evaluation._paramsEval = copy.deepcopy(params)
 
 
-def _class_results(evaluation: COCOeval, dataset: dict[str, Any]) -> tuple[ClassResult, ...]:
+def class_results(evaluation: COCOeval, dataset: dict[str, Any]) -> tuple[ClassResult, ...]:
     names = {category["id"]: category["name"] for category in dataset["categories"]}
     boxes = Counter(row["category_id"] for row in dataset["annotations"] if not row["iscrowd"])
     precision = evaluation.eval["precision"][:, :, :, _ALL_AREAS, _MOST_DETECTIONS]  # (10 IoUs, 101 recalls, classes)
@@ -223,7 +223,7 @@ def _class_results(evaluation: COCOeval, dataset: dict[str, Any]) -> tuple[Class
     )
 
 
-def _mean_precision(evaluation: COCOeval) -> tuple[float, ...]:
+def mean_precision_curve(evaluation: COCOeval) -> tuple[float, ...]:
     precision = evaluation.eval["precision"][_IOU_50, :, :, _ALL_AREAS, _MOST_DETECTIONS]
     defined = precision[:, precision[0] > UNDEFINED]
     return _curve(defined.mean(axis=1)) if defined.shape[1] else ()

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
+from data_pipeline.dataset import open_dataset
 from data_pipeline.index import Index, ground_truth
 from data_pipeline.loader import evaluation_batches
 from dino_scale.config.schema import EvaluationConfig
 from dino_scale.errors import DataError
 from dino_scale.evaluation.coco import evaluate_detections
 from dino_scale.evaluation.detector import detect_all
+from dino_scale.evaluation.faster import evaluate_quickly
 from dino_scale.evaluation.result import EvaluationResult
 from dino_scale.structures import Batch, Category
 from launch.detector import Detector, open_detector
@@ -26,11 +28,12 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console(highlight=False, soft_wrap=True)
     if arguments.out is not None:
         require_new(arguments.out)
-    index = Index.open(arguments.data)
+    index = open_dataset(arguments.data)
     detector = open_detector(arguments.weights)
     rows = _class_rows(detector, index, arguments)
     found = _detect(detector, index, rows, arguments.precision, console)
-    result = evaluate_detections(ground_truth(index), found)
+    evaluate = evaluate_quickly if arguments.backend == "faster" else evaluate_detections
+    result = evaluate(ground_truth(index), found)
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         write_text(arguments.out / "evaluation.json", result.to_json())
