@@ -89,7 +89,7 @@ class RemoteFolder:
             except FileNotFoundError:
                 raise DataError(f"{self.url}/{name}: does not exist: check the address") from None
             except Exception as error:  # what a store raises depends on its library
-                reason = f"{type(error).__name__}: {error}".strip()
+                reason = _in_words(error)
         raise DataError(f"{self.url}/{name}: cannot be read after {self.tries} tries ({reason})")
 
     def _ask(self, wanted: Sequence[Range]) -> list[bytes | Exception]:
@@ -109,10 +109,14 @@ class RemoteFolder:
         if isinstance(answer, FileNotFoundError):
             return _Lost(f"{self.url}/{part.name}: does not exist (No such file)")
         if isinstance(answer, Exception):
-            return DataError(f"{place} cannot be read ({' '.join(f'{type(answer).__name__}: {answer}'.split())})")
+            return DataError(f"{place} cannot be read ({_in_words(answer)})")
         if len(answer) != part.size:
             return DataError(f"{place}: {len(answer)} of {part.size} bytes came")
         return answer if part.fits(answer) else DataError(f"{place}: does not match its checksum")
+
+
+def _in_words(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__} {error}".split())
 
 
 class _Lost(DataError):

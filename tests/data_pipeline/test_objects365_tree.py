@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,6 +103,21 @@ def test_doctor_finds_altered_shards(tree: Tree, place: str) -> None:
         entries = tuple(describe_file(shards, entry.name) for entry in manifest.shards)
         replace(manifest, shards=entries).write(shards)
     with pytest.raises(DataError, match="SHA-256" if place != "swapped" else "is not what the index says"):
+        check_shards(shards)
+
+
+def test_doctor_refuses_members_that_packing_does_not_make(tree: Tree) -> None:
+    """Even where the manifest was made to agree."""
+    shards = tree.root / "shards"
+    pack(out=shards, samples_per_shard=4, **tree.arguments())
+    with tarfile.open(shards / "shard-00000.tar", "a") as tar:
+        link = tarfile.TarInfo("../../escape.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    manifest = read_manifest(shards)
+    entries = tuple(describe_file(shards, entry.name) for entry in manifest.shards)
+    replace(manifest, shards=entries).write(shards)
+    with pytest.raises(DataError, match=r"holds '\.\./\.\./escape\.jpg' where the index expects its end"):
         check_shards(shards)
 
 

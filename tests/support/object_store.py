@@ -17,6 +17,7 @@ class Store(ThreadingHTTPServer):
     """fault: what to do with the n-th request for a path (n from 0). requests: (path, start, end) in order."""
 
     daemon_threads = True
+    request_queue_size = 128  # with the usual 5, connections made at once wait seconds for a second try
 
     def __init__(self, root: Path, fault: Callable[[str, int], Fault]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -54,7 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(503)
             return
         if fault == "stalled":
-            time.sleep(1)
+            time.sleep(10)
         if fault == "whole":
             start, end, partial = 0, len(content), False
         body = content[start:end]
