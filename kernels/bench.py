@@ -69,9 +69,13 @@ def missing_peers() -> list[str]:
 
 
 def measure(device: str, turns: int) -> Iterator[Row]:
-    """All comparisons, one after the other. Raises ValueError for a device that is not here."""
+    """All comparisons, one after the other. Raises ValueError for a device that is not here, before the first."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("bench kernels: --device cuda needs a CUDA device, and torch sees none; use --device cpu")
+    return _measure(device, turns)
+
+
+def _measure(device: str, turns: int) -> Iterator[Row]:
     for layer in SWEEP[device]:
         for dtype in NAME:
             for backward in (False, True):

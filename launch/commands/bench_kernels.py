@@ -7,7 +7,6 @@ import csv
 import datetime
 import os
 import platform
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -25,29 +24,26 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.device == "cuda":
         for line in missing_peers():
             console.print(line)
-    rows = []
     try:
-        for row in measure(arguments.device, arguments.turns):
-            console.print(f"{row.what}, {row.dtype}, {row.passes}: {_figures(row)}")
-            rows.append(row)
+        rows = measure(arguments.device, arguments.turns)
     except ValueError as error:
         raise UserError(str(error)) from error
-    _write(arguments.out, rows, arguments.device)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(_COLUMNS)
+        for row in rows:
+            console.print(f"{row.what}, {row.dtype}, {row.passes}: {_figures(row)}")
+            writer.writerow(_fields(row, arguments.device))
+            file.flush()
 
 
 def _figures(row: Row) -> str:
     return f"{row.implementation} {row.milliseconds:.2f} ms, {row.ratio:.2f} times as fast as the usual way"
 
 
-def _write(path: Path, rows: list[Row], device: str) -> None:
-    now = datetime.datetime.now(datetime.UTC).date().isoformat()
+def _fields(row: Row, device: str) -> tuple[object, ...]:
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {os.cpu_count()} CPUs"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(_COLUMNS)
-        for row in rows:
-            figures = (f"{row.milliseconds:.4f}", f"{row.ratio:.3f}")
-            writer.writerow(
-                (now, machine, torch.get_num_threads(), row.what, row.dtype, row.passes, row.implementation, *figures)
-            )
+    threads, figures = torch.get_num_threads(), (f"{row.milliseconds:.4f}", f"{row.ratio:.3f}")
+    return today, machine, threads, row.what, row.dtype, row.passes, row.implementation, *figures

@@ -101,14 +101,13 @@ def test_deterministic_backward_adds_integers() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("box", [False, True])
-@pytest.mark.parametrize("channels", [8, 16, 32, 48, 64])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("channels", [8, 32, 64])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_every_head_size_dtype_and_reference(capability: int, box: bool, channels: int, dtype: str) -> None:
-    for levels, points in ((4, 4), (5, 4), (5, 8)):
-        assert compile_forward(capability, dtype, channels, levels, points, box).stack_bytes == 0
-        check_atomics(compile_backward(capability, dtype, channels, levels, points, box), capability)
+    assert compile_forward(capability, dtype, channels, 5, 4, box).stack_bytes == 0
+    check_atomics(compile_backward(capability, dtype, channels, 5, 4, box), capability)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
