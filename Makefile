@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CODE := dino_scale kernels data_pipeline launch tests
 
-.PHONY: env lint types test test-slow demo clean
+.PHONY: env lint types test test-slow bench demo clean
 
 env: $(STAMP)
 
@@ -37,6 +37,11 @@ test: lint types
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+# CPU time of the kernels beside the usual ways, as ratios; the file is named after the moment.
+bench: $(STAMP)
+	mkdir -p runs
+	$(BIN)/dino-scale bench kernels --device cpu --out runs/kernels-$(shell date +%Y%m%d-%H%M%S).csv
 
 demo: $(STAMP)
 	$(BIN)/dino-scale demo
