@@ -104,7 +104,10 @@ class RayEngine:
                 "include_dashboard": False,
                 "_temp_dir": str(self._session),
                 "object_store_memory": _OBJECT_STORE_BYTES,
-                "_system_config": {"gcs_rpc_server_reconnect_timeout_s": 10},  # orphans give up after 10 s, not 60
+                "_system_config": {
+                    "gcs_rpc_server_reconnect_timeout_s": 10,  # orphans give up after 10 s, not 60
+                    "worker_niceness": 0,  # training is what the user waits for; Ray would run it at 15
+                },
             }
         try:
             ray.init(address=self.launch.address, **options)

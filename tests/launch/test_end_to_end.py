@@ -168,6 +168,26 @@ def test_commands_that_use_a_finished_run(undisturbed: Path, folder: Path, tmp_p
     assert "done" in succeed("resume", undisturbed)
 
 
+def test_the_photograph_chain_learns(folder: Path) -> None:
+    """The chain that README and docs name, as it is but for its length: the loss falls, pictures are in the report."""
+    run, chain = folder / "photos", Path(__file__).parents[2] / "configs" / "chain" / "photos.yaml"
+    settings = {
+        "launch.engine": "local",
+        "stages.train.data.train": folder / "shards",
+        "stages.train.data.validation": folder / "shards",
+        "stages.train.schedule.steps": 24,
+        "stages.train.schedule.warmup_steps": 2,
+        "stages.train.log_every_steps": 4,
+    }
+    overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    succeed("train", chain, "--run-dir", run, *overrides)
+    logged = list(losses(run, "train").values())
+    assert len(logged) == 6
+    assert logged[-1] < 0.9 * logged[0]
+    assert (run / "train" / "evaluation" / "step_00000024.json").exists()
+    assert "data:image/" in (run / "report.html").read_text()
+
+
 def test_run_folder_that_exists_is_refused(undisturbed: Path, folder: Path) -> None:
     done = dino_scale("train", folder / "chain.yaml", "--run-dir", undisturbed)
     assert done.returncode == 2
