@@ -88,14 +88,14 @@ def _command(
     return parser
 
 
-def _add_overrides(parser: argparse.ArgumentParser) -> None:
+def _add_overrides(parser: argparse.ArgumentParser, example: str = "stages.pretrain.batch.microbatch=4") -> None:
     parser.add_argument(
         "--set",
         dest="overrides",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="override one configuration key, such as stages.pretrain.batch.microbatch=4; may be repeated",
+        help=f"override one configuration key, such as {example}; may be repeated",
     )
 
 
@@ -213,6 +213,7 @@ def _evaluate(commands: Commands) -> None:
     parser.add_argument("--weights", type=Path, required=True, metavar="W")
     parser.add_argument("--data", required=True, metavar="SHARDS", help="folder made by pack, or its address")
     parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for evaluation.json and detections.json")
+    _add_overrides(parser, "evaluation.short_side=640")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
     parser.add_argument(
         "--backend",
@@ -237,6 +238,7 @@ def _predict(commands: Commands) -> None:
     parser.add_argument(
         "--threshold", type=_share, default=0.3, metavar="SCORE", help="smallest score kept, 0 to 1; default 0.3"
     )
+    _add_overrides(parser, "evaluation.short_side=640")
 
 
 def _report(commands: Commands) -> None:

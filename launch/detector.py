@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from dino_scale.checkpoint.weights import Weights, load_weights
+from dino_scale.config.decode import decode_text
+from dino_scale.config.schema import EvaluationConfig
 from dino_scale.errors import DataError
 from dino_scale.model.dino import Dino, build_model
 
@@ -29,6 +33,23 @@ def open_detector(path: Path) -> Detector:
     except RuntimeError as error:
         raise DataError(f"{path}: its tensors do not fit its model configuration ({_first_problem(error)})") from None
     return Detector(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), weights)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What `--set` of evaluate and predict can name: evaluation.KEY."""
+
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def evaluation_settings(weights: Weights, overrides: Sequence[str]) -> EvaluationConfig:
+    """How pictures are shown to the detector: as the weights file says, each evaluation.KEY=VALUE applied in order.
+
+    ConfigError names every override that cannot be used.
+    """
+    preparation = weights.preparation
+    sizes = {"short_side": preparation.short_side, "max_size": preparation.max_size}
+    return decode_text(json.dumps({"evaluation": sizes}), _Settings, "weights", overrides).evaluation
 
 
 def _first_problem(error: RuntimeError) -> str:

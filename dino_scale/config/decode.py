@@ -52,13 +52,19 @@ def load_chain(path: Path, overrides: Sequence[str] = ()) -> ChainConfig:
     return value
 
 
-def decode_text(text: str, kind: type[Decoded], where: str) -> Decoded:
+def decode_text(text: str, kind: type[Decoded], where: str, overrides: Sequence[str] = ()) -> Decoded:
     """The dataclass `kind` from a YAML or JSON text found at `where` (the header of a weights file, say).
 
-    Raises ConfigError, whose message lists every problem, one per line.
+    Each `a.b=value` of `overrides` is applied in order. Raises ConfigError, whose message lists every problem, one per
+    line.
     """
     problems = Problems()
-    value = _Decoder(problems).decode(text_tree(text, where, problems), kind, "")
+    tree = text_tree(text, where, problems)
+    for override in overrides:
+        change = override_tree(override, problems)
+        if change is not None:
+            tree = merge(tree, change)
+    value = _Decoder(problems).decode(tree, kind, "")
     problems.raise_if_any()
     assert isinstance(value, kind)
     return value

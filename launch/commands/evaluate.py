@@ -19,7 +19,7 @@ from dino_scale.evaluation.detector import detect_all
 from dino_scale.evaluation.faster import evaluate_quickly
 from dino_scale.evaluation.result import EvaluationResult
 from dino_scale.structures import Batch, Category
-from launch.detector import Detector, open_detector
+from launch.detector import Detector, evaluation_settings, open_detector
 from launch.progress import number
 from launch.run_folder import require_new, write_text
 
@@ -30,8 +30,9 @@ def run(arguments: argparse.Namespace) -> None:
         require_new(arguments.out)
     index = open_dataset(arguments.data)
     detector = open_detector(arguments.weights)
+    settings = evaluation_settings(detector.weights, arguments.overrides)
     rows = _class_rows(detector, index, arguments)
-    found = _detect(detector, index, rows, arguments.precision, console)
+    found = _detect(detector, index, rows, settings, arguments.precision, console)
     evaluate = evaluate_quickly if arguments.backend == "faster" else evaluate_detections
     result = evaluate(ground_truth(index), found)
     if arguments.out is not None:
@@ -59,11 +60,21 @@ def _class_rows(detector: Detector, index: Index, arguments: argparse.Namespace)
 
 
 def _detect(
-    detector: Detector, index: Index, rows: list[Category | None], precision: str, console: Console
+    detector: Detector,
+    index: Index,
+    rows: list[Category | None],
+    settings: EvaluationConfig,
+    precision: str,
+    console: Console,
 ) -> list[dict]:
     preparation = detector.weights.preparation
     batches = evaluation_batches(
-        index, short_side=preparation.short_side, max_size=preparation.max_size, microbatch=1, rank=0, world=1
+        index,
+        short_side=settings.short_side,
+        max_size=settings.max_size,
+        microbatch=settings.microbatch,
+        rank=0,
+        world=1,
     )
     return detect_all(
         detector.model,
@@ -71,7 +82,7 @@ def _detect(
         rows,
         mean=preparation.mean,
         std=preparation.std,
-        detections=EvaluationConfig().detections,
+        detections=settings.detections,
         precision=precision,
     )
 

@@ -15,7 +15,7 @@ from dino_scale.config.schema import EvaluationConfig
 from dino_scale.errors import UserError
 from dino_scale.evaluation.drawing import detection_boxes, draw_boxes
 from dino_scale.predict import Prediction, predict, to_coco
-from launch.detector import Detector, open_detector
+from launch.detector import Detector, evaluation_settings, open_detector
 from launch.run_folder import write_text
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -26,10 +26,11 @@ def run(arguments: argparse.Namespace) -> None:
     pictures = find_pictures(arguments.pictures)
     _require_other_folder(arguments.pictures, arguments.out)
     detector = open_detector(arguments.weights)
+    settings = evaluation_settings(detector.weights, arguments.overrides)
     arguments.out.mkdir(parents=True, exist_ok=True)
     predictions = []
     for path in pictures:
-        prediction = _look_at(path, detector, arguments.out, arguments.threshold)
+        prediction = _look_at(path, detector, settings, arguments.out, arguments.threshold)
         predictions.append(prediction)
         count = int((prediction.detections.scores >= arguments.threshold).sum())
         console.print(f"{path}: {count} object(s)")
@@ -58,16 +59,16 @@ def _require_other_folder(pictures: Path, out: Path) -> None:
         )
 
 
-def _look_at(path: Path, detector: Detector, out: Path, threshold: float) -> Prediction:
+def _look_at(path: Path, detector: Detector, settings: EvaluationConfig, out: Path, threshold: float) -> Prediction:
     preparation = detector.weights.preparation
     image = load_image_file(path)
     detections = predict(
         detector.model,
         image,
-        resize=lambda pixels: resize_for_evaluation(pixels, preparation.short_side, preparation.max_size),
+        resize=lambda pixels: resize_for_evaluation(pixels, settings.short_side, settings.max_size),
         mean=preparation.mean,
         std=preparation.std,
-        detections=EvaluationConfig().detections,
+        detections=settings.detections,
     )
     boxes = detection_boxes(detections, detector.weights.categories, threshold)
     name = path.name if path.suffix.lower() in (".jpg", ".jpeg") else f"{path.name}.jpg"

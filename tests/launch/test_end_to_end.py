@@ -158,6 +158,12 @@ def test_commands_that_use_a_finished_run(undisturbed: Path, folder: Path, tmp_p
     weights = undisturbed / "second" / "weights.safetensors"
     succeed("evaluate", "--weights", weights, "--data", folder / "shards", "--out", tmp_path / "evaluation")
     succeed("predict", "--weights", weights, MINI / "images", "--out", tmp_path / "found", "--threshold", "0")
+    done = dino_scale("predict", "--weights", weights, MINI / "images", "--set", "evaluation.short_sid=96")
+    assert done.returncode == 2 and "did you mean evaluation.short_side?" in done.stderr
+    larger = ("--set", "evaluation.short_side=192", "--set", "evaluation.max_size=256")
+    succeed("evaluate", "--weights", weights, "--data", folder / "shards", "--out", tmp_path / "larger", *larger)
+    found = [(tmp_path / name / "detections.json").read_text() for name in ("evaluation", "larger")]
+    assert found[0] != found[1], "the override changed nothing"
     pictures = len(list((MINI / "images").iterdir()))
     drawn = [path for path in (tmp_path / "found").rglob("*") if path.suffix in (".jpg", ".png")]
     assert len(drawn) == pictures
