@@ -48,8 +48,8 @@ def evaluation_settings(weights: Weights, overrides: Sequence[str]) -> Evaluatio
     ConfigError names every override that cannot be used.
     """
     preparation = weights.preparation
-    sizes = {"short_side": preparation.short_side, "max_size": preparation.max_size}
-    return decode_text(json.dumps({"evaluation": sizes}), _Settings, "weights", overrides).evaluation
+    stored = {name: getattr(preparation, name) for name in ("short_side", "max_size", "detections")}
+    return decode_text(json.dumps({"evaluation": stored}), _Settings, "weights", overrides).evaluation
 
 
 def _first_problem(error: RuntimeError) -> str:

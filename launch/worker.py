@@ -241,7 +241,9 @@ class _StageRun:
         state = self._state()
         if distributed.rank() == 0:
             data, evaluation = self.config.data, self.config.evaluation
-            preparation = Preparation(data.mean, data.std, evaluation.short_side, evaluation.max_size)
+            preparation = Preparation(
+                data.mean, data.std, evaluation.short_side, evaluation.max_size, evaluation.detections
+            )
             weights = Weights(state, self.job.config.model, self.index.categories, preparation)
             save_weights(self.folder / WEIGHTS, weights)
         distributed.barrier()

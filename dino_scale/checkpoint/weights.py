@@ -26,12 +26,16 @@ _HEADER = "dino_scale"
 
 @dataclass(frozen=True)
 class Preparation:
-    """How an image becomes the network's input. mean, std: of RGB in [0, 1]; short_side, max_size: pixels."""
+    """How an image becomes the network's input, and its output detections.
+
+    mean, std: of RGB in [0, 1]. short_side, max_size: pixels.
+    """
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     short_side: int
     max_size: int
+    detections: int = 300  # kept per picture; official num_select
 
 
 @dataclass(frozen=True)
@@ -92,5 +96,6 @@ def _decode(header: dict, state: dict[str, Tensor]) -> Weights:
             std=tuple(preparation["std"]),
             short_side=int(preparation["short_side"]),
             max_size=int(preparation["max_size"]),
+            detections=int(preparation["detections"]),
         ),
     )

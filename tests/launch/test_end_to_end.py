@@ -162,6 +162,8 @@ def test_commands_that_use_a_finished_run(undisturbed: Path, folder: Path, tmp_p
     assert done.returncode == 2 and "did you mean evaluation.short_side?" in done.stderr
     larger = ("--set", "evaluation.short_side=192", "--set", "evaluation.max_size=256")
     succeed("evaluate", "--weights", weights, "--data", folder / "shards", "--out", tmp_path / "larger", *larger)
+    metrics = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["metrics"]
+    assert metrics == json.loads((undisturbed / "chain.json").read_text())["stages"]["second"]["metrics"]
     found = [(tmp_path / name / "detections.json").read_text() for name in ("evaluation", "larger")]
     assert found[0] != found[1], "the override changed nothing"
     pictures = len(list((MINI / "images").iterdir()))
