@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tarfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.annotations import FLAGS, AnnotationFormat
+from data_pipeline.checksum import crc32
 from data_pipeline.index import Index
 from data_pipeline.manifest import REMEDY
 from data_pipeline.packing_plan import Plan, Progress, Selection, Source, report_of
@@ -97,7 +97,7 @@ def _check_content(index: Index, sample: int, member: tarfile.TarInfo, content: 
         same = json.loads(content) == _description(index, sample)
     else:
         place = (int(columns["image_offsets"][sample]), int(columns["image_sizes"][sample]))
-        same = place == (member.offset_data, member.size) and zlib.crc32(content) == columns["image_checksums"][sample]
+        same = place == (member.offset_data, member.size) and crc32(content) == columns["image_checksums"][sample]
     if not same:
         raise DataError(f"{path}: member {member.name} is not what the index says: {REMEDY}")
 

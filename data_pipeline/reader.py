@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+from data_pipeline.checksum import crc32
 from data_pipeline.dataset import shard_here
 from data_pipeline.decode import RGBImage, decode
 from data_pipeline.index import Index
@@ -42,7 +42,7 @@ class Reader:
             name=self.index.shard_names[int(columns["shards"][sample])],
             start=int(columns["image_offsets"][sample]),
             size=int(columns["image_sizes"][sample]),
-            fits=lambda data: zlib.crc32(data) == checksum,
+            fits=lambda data: crc32(data) == checksum,
         )
 
     def image_bytes(self, sample: int) -> bytes:
@@ -55,7 +55,7 @@ class Reader:
                 raise self._error(sample, f"is not to be had: {found}")
             return found
         data = self.unchecked_bytes(sample)
-        if zlib.crc32(data) != int(self.index.columns["image_checksums"][sample]):
+        if crc32(data) != int(self.index.columns["image_checksums"][sample]):
             raise self._error(sample, "does not match its checksum")
         return data
 

@@ -9,13 +9,13 @@ import hashlib
 import json
 import os
 import tarfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from data_pipeline.annotations import Repairs
+from data_pipeline.checksum import crc32
 from data_pipeline.decode import decode, encode_jpeg
 from data_pipeline.manifest import FileEntry, describe_file
 from dino_scale.errors import DataError
@@ -97,7 +97,7 @@ def write_shard(task: ShardTask) -> Receipt:
     ):
         for member, image in readable_images(task, repairs):
             rows.append(member.row)
-            checksums.append(zlib.crc32(image))
+            checksums.append(crc32(image))
             writer.write({"__key__": member.key, "jpg": image, "json": member.content.encode()})
     with tarfile.open(partial, "r:") as shard:
         places = [(entry.offset_data, entry.size) for entry in shard if entry.name.endswith(".jpg")]
