@@ -59,7 +59,8 @@ def survey(
     """Raises DataError for a missing image, one that is no image, and a box outside its image.
 
     Under `objects365` the files known to be missing are left out, boxes outside their image and exact repetitions of
-    boxes are dropped, all counted. progress: told how many headers of how many have been read.
+    boxes are dropped, all counted; elsewhere repetitions are counted and stay. progress: told how many headers of how
+    many have been read.
     """
     options = options or SurveyOptions()
     known = options.format == "objects365"
@@ -81,8 +82,7 @@ def survey(
     column = dict(zip(_COLUMNS, table.T.copy(), strict=True))
     sized = _true_sizes(kept, column["width"], column["height"], repairs)
     fitted = fit_boxes(sized, repairs, drop_outside=known)
-    if known:
-        fitted = _without_repetitions(fitted, repairs)
+    fitted = _without_repetitions(fitted, repairs) if known else _with_repetitions_told(fitted, repairs)
     places = np.stack([column["root"], column["depth"]], axis=1)
     return Survey(fitted, column["plain"] != 0, column["size"], column["modified"], tuple(folders), places)
 
@@ -208,13 +208,25 @@ def fit_boxes(annotations: Annotations, repairs: Repairs, drop_outside: bool = F
 
 def _without_repetitions(annotations: Annotations, repairs: Repairs) -> Annotations:
     """Of boxes with the same image, class, coordinates and flags only the first stays."""
+    image, repeated = _repeated(annotations)
+    _note_boxes(annotations, "boxes_repeated_dropped", np.flatnonzero(repeated), repairs)
+    return _select(annotations, annotations.boxes, annotations.areas, image, ~repeated)
+
+
+def _with_repetitions_told(annotations: Annotations, repairs: Repairs) -> Annotations:
+    """All stay: COCO's numbers are those of its files as published, and in one's own files two may be meant."""
+    _note_boxes(annotations, "boxes_repeated_kept", np.flatnonzero(_repeated(annotations)[1]), repairs)
+    return annotations
+
+
+def _repeated(annotations: Annotations) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """(T,) place of each box's image, and (T,) whether an earlier box has the same image, class, coordinates, flags."""
     image = np.repeat(np.arange(len(annotations)), np.diff(annotations.box_offsets))
     keys = np.column_stack([image, annotations.labels, annotations.flags, annotations.boxes])
     order = np.lexsort(keys.T[::-1])  # stable: of equal rows the first of the file comes first
     repeated = np.zeros(len(keys), dtype=bool)
     repeated[order[1:]] = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
-    _note_boxes(annotations, "boxes_repeated_dropped", np.flatnonzero(repeated), repairs)
-    return _select(annotations, annotations.boxes, annotations.areas, image, ~repeated)
+    return image, repeated
 
 
 def _note_boxes(annotations: Annotations, kind: str, rows: NDArray[np.int64], repairs: Repairs) -> None:
