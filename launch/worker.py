@@ -77,8 +77,9 @@ class _StageRun:
         self.folder = Path(job.run_dir) / job.stage
         self.checkpoints = self.folder / "checkpoints"
         data = self.config.data
-        self.index = open_dataset(data.train, data.cache, data.cache_shards)
-        self.validation = open_dataset(data.validation, data.cache, data.cache_shards) if data.validation else None
+        cache = (data.cache, data.cache_shards, data.cache_gigabytes)
+        self.index = open_dataset(data.train, *cache)
+        self.validation = open_dataset(data.validation, *cache) if data.validation else None
         self._require_same_classes()
         batch = self.config.batch
         self.accumulation = microbatches_per_rank(batch, distributed.world_size())
