@@ -17,7 +17,7 @@ from data_pipeline.index import Index
 from data_pipeline.manifest import REMEDY
 from data_pipeline.packing_plan import Plan, Progress, Selection, Source, report_of
 from data_pipeline.shard_writer import Verify, examine_shard
-from data_pipeline.tasks import ordered_map
+from data_pipeline.tasks import LocalProcesses, Runner
 from dino_scale.errors import DataError
 
 
@@ -42,14 +42,15 @@ def examine(
     *,
     selection: Selection | None = None,
     workers: int = 1,
+    runner: Runner | None = None,
 ) -> Examination:
     """All that `pack` would find in the same input, and nothing written. Raises what it would raise."""
-    selection = selection or Selection()
-    source = Source(annotations, images, format, 0, samples_per_shard, verify, selection, workers, progress)
+    selection, runner = selection or Selection(), runner or LocalProcesses(workers)
+    source = Source(annotations, images, format, 0, samples_per_shard, verify, selection, runner, progress)
     plan = Plan.make(source)
     rows: list[int] = []
     done = 0
-    examined = ordered_map(examine_shard, plan.tasks("", source), workers)
+    examined = runner.map(examine_shard, plan.tasks("", source))
     for planned, (kept, repairs) in zip(plan.shards, examined, strict=True):
         plan.repairs.add_all(repairs)
         rows += kept

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import tarfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -88,7 +89,8 @@ def write_shard(task: ShardTask) -> Receipt:
     if finished is not None:
         return finished
     name = shard_name(task.number)
-    partial = folder / f"{name}.partial"
+    # Named after this attempt: on a cluster a machine that was given up may still be at it. Packing removes leftovers.
+    partial = folder / f"{name}.partial-{uuid.uuid4().hex[:12]}"
     repairs = Repairs()
     rows, checksums = [], []
     with (
@@ -104,7 +106,7 @@ def write_shard(task: ShardTask) -> Receipt:
     os.replace(partial, folder / name)
     offsets, sizes = [offset for offset, _ in places], [size for _, size in places]
     receipt = Receipt(task.digest(), describe_file(folder, name), rows, offsets, sizes, checksums, repairs)
-    receipt_partial = receipt_path.with_suffix(".partial")
+    receipt_partial = receipt_path.with_name(f"{partial.name}-receipt")
     receipt_partial.write_text(json.dumps(asdict(receipt)), encoding="utf-8")
     os.replace(receipt_partial, receipt_path)
     return receipt

@@ -13,7 +13,7 @@ from data_pipeline.annotations import AnnotationFormat, Annotations, Repairs
 from data_pipeline.decode import ImageHeader, read_header
 from data_pipeline.objects365 import KNOWN_MISSING, layout_folders
 from data_pipeline.selection import keep_images
-from data_pipeline.tasks import ordered_map
+from data_pipeline.tasks import LocalProcesses, Runner
 from dino_scale.errors import DataError
 
 HEADER_BYTES = 1 << 16  # enough for nearly every header; the whole file is read where it is not
@@ -46,7 +46,6 @@ class SurveyOptions:
 
     format: AnnotationFormat = "coco"
     skip_unreadable: bool = False
-    workers: int = 1
 
 
 def survey(
@@ -55,20 +54,22 @@ def survey(
     repairs: Repairs,
     options: SurveyOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
+    runner: Runner | None = None,
 ) -> Survey:
     """Raises DataError for a missing image, one that is no image, and a box outside its image.
 
     Under `objects365` the files known to be missing are left out, boxes outside their image and exact repetitions of
     boxes are dropped, all counted; elsewhere repetitions are counted and stay. progress: told how many headers of how
-    many have been read.
+    many have been read. runner: who reads the headers; default: this process.
     """
     options = options or SurveyOptions()
+    runner = runner or LocalProcesses()
     known = options.format == "objects365"
     folders = layout_folders(list(roots)) if known else list(roots)
     tasks = _header_tasks(annotations, tuple(folders), options)
     pieces = []
     done = 0
-    for piece, problems in ordered_map(_read_headers, tasks, options.workers):
+    for piece, problems in runner.map(_read_headers, tasks):
         repairs.add_all(problems)
         pieces.append(piece)
         done += len(piece)
