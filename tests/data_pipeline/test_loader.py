@@ -255,8 +255,8 @@ def test_a_killed_loader_process_is_reported(scenes: Index) -> None:
 def test_pinned_batches_are_the_same(scenes: Index, workers: int) -> None:
     def batches(loader_workers: int, pin: bool) -> list[Batch]:
         steps = training_microbatches(
-            scenes, seed=1, augmentation=AUGMENTATION, batch=BatchConfig(4, 2), rank=0, world=1, first_step=0, last_step=4,
-            loader_workers=loader_workers, pin=pin,
+            scenes, seed=1, augmentation=AUGMENTATION, batch=BatchConfig(4, 2), rank=0, world=1, first_step=0,
+            last_step=4, loader_workers=loader_workers, pin=pin,
         )  # fmt: skip
         return [batch for step in steps for batch in step]
 
