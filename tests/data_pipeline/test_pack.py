@@ -270,6 +270,10 @@ def test_an_interrupted_pack_goes_on_where_it_stopped(raw_scenes, packed_scenes,
     assert len(finished) == 2 and not out.exists()
     os.utime(finished[0], (1, 1))
     finished[1].write_bytes(b"torn by a crash")
+    (partial / "shard-00002.tar.partial-0123456789ab").write_bytes(b"half a shard")
+    with pytest.raises(Stop):
+        pack(split.annotations, [split.images], out, samples_per_shard=16, progress=interrupt_after(16))
+    assert not list(partial.glob("*.partial-*")), "halves must not pile up"
     pack(split.annotations, [split.images], out, samples_per_shard=16)
     assert (out / "shard-00000.tar").stat().st_mtime == 1, "the finished shard was kept"
     assert digests(out) == digests(packed_scenes) and not partial.exists()
