@@ -177,6 +177,17 @@ def test_a_failed_download_leaves_no_claim_behind(scenes: Index, tmp_path: Path)
         assert taken(tmp_path) == 0
 
 
+def test_a_cut_copy_is_fetched_anew(scenes: Index, tmp_path: Path) -> None:
+    with serve(scenes.folder) as store:
+        for limit in (0, max(shard_sizes(scenes))):
+            index = remote_index(store, tmp_path / str(limit), limit)
+            expected = Reader(index).image_bytes(0)
+            copy = index.folder / index.shard_names[0]
+            copy.write_bytes(copy.read_bytes()[:-512])
+            assert Reader(index).image_bytes(0) == expected
+            assert copy.stat().st_size == shard_sizes(index)[0]
+
+
 def test_a_limit_below_one_shard_is_refused(scenes: Index, tmp_path: Path) -> None:
     with serve(scenes.folder) as store:
         with pytest.raises(ConfigError, match=r"cache_gigabytes is 1e-09: expected at least .* or 0 for no limit"):
