@@ -24,6 +24,7 @@ from dino_scale.evaluation.detector import detect_all, evaluate_over_ranks, gath
 from dino_scale.evaluation.result import EvaluationResult
 from dino_scale.loss.criterion import Criterion
 from dino_scale.model.dino import Dino, build_model
+from dino_scale.precision import BF16_PARAMETERS
 from dino_scale.structures import Batch
 from dino_scale.training import distributed
 from dino_scale.training.control import Control, EvaluationEvent, MessageEvent
@@ -153,6 +154,7 @@ class _StageRun:
             clip_norm=optimizer.clip_norm,
             betas=optimizer.betas,
             epsilon=optimizer.epsilon,
+            bf16_parameters=self.config.precision == BF16_PARAMETERS,
         )
 
     def _continue_from(self, folder: Path, manifest: store.Manifest) -> Progress:
