@@ -85,7 +85,7 @@ class _StageRun:
         self.accumulation = microbatches_per_rank(batch, distributed.world_size())
         steps = total_steps(self.config.schedule, len(self.index), batch.global_size)
         self.length = StageLength(len(self.index), steps, batch.global_size)
-        newest = distributed.on_rank_zero(lambda: store.find_newest(self.checkpoints, self._say))
+        newest = store.find_newest_together(self.checkpoints, self._say)
         self.engine = self._build_engine(self._build_model(fresh=newest is None))
         self.average = WeightAverage(self.engine, self.config.ema_decay) if self.config.ema_decay > 0 else None
         self.progress = Progress() if newest is None else self._continue_from(*newest)

@@ -90,6 +90,9 @@ def _decode(data: dict[str, Any]) -> Manifest:
     data["parameters"] = {name: tuple(shape) for name, shape in data["parameters"].items()}
     data["pieces"] = {name: tuple(Piece(**piece) for piece in pieces) for name, pieces in data["pieces"].items()}
     data["files"] = {_plain_name(name): FileEntry(**entry) for name, entry in data["files"].items()}
+    unknown = {piece.file for pieces in data["pieces"].values() for piece in pieces} - data["files"].keys()
+    if unknown:
+        raise ValueError(f"pieces lie in {sorted(unknown)[0]!r}, which is not among the files")
     return Manifest(**data)
 
 
@@ -112,11 +115,16 @@ def verify(folder: Path) -> Manifest:
     """The manifest of a checkpoint whose files all exist with the size and digest written; else CheckpointError."""
     manifest = read_manifest(folder)
     for name, entry in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing, the checkpoint is torn")
-        if path.stat().st_size != entry.bytes:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, expected {entry.bytes}: truncated or altered")
-        if digest_file(path) != entry:
-            raise CheckpointError(f"{path}: sha256 differs from the manifest: altered after it was written")
+        verify_file(folder, name, entry)
     return manifest
+
+
+def verify_file(folder: Path, name: str, entry: FileEntry) -> None:
+    """CheckpointError unless the file exists with the size and digest written."""
+    path = folder / name
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing, the checkpoint is torn")
+    if path.stat().st_size != entry.bytes:
+        raise CheckpointError(f"{path}: {path.stat().st_size} bytes, expected {entry.bytes}: truncated or altered")
+    if digest_file(path) != entry:
+        raise CheckpointError(f"{path}: sha256 differs from the manifest: altered after it was written")

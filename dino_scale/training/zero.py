@@ -236,16 +236,18 @@ def _deepspeed_config(
 ) -> dict[str, Any]:
     """DeepSpeed's JSON. Gradients of bfloat16 parameters are summed in float32, over microbatches and over workers:
     in bfloat16 the sum would depend on the number of workers."""
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": stage > 0}
     config = {
         "train_micro_batch_size_per_gpu": microbatch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": clip_norm,
         "zero_allow_untested_optimizer": True,  # torch's AdamW: exact and present on every device
-        "zero_optimization": {"stage": stage, "overlap_comm": False, "contiguous_gradients": stage > 0},
+        "zero_optimization": zero,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
     if bf16_parameters:
+        zero["reduce_scatter"] = stage != 2  # with it stage 2 divides by the number of workers before it widens
         config |= {
             "bf16": {"enabled": True},
             "data_types": {"grad_accum_dtype": "fp32"},

@@ -51,15 +51,13 @@ def test_detector_under_stage_3_alone(alone) -> None:
     require_alike(alone[3, "fp32"], alone[0, "fp32"])
 
 
-def test_detector_with_bf16_parameters_does_not_depend_on_the_stage(together) -> None:
-    for results in together:
-        for stage in (2, 3):
-            require_alike(results[stage, "bf16_parameters"], results[1, "bf16_parameters"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_detector_trains_with_bf16_parameters(alone, together, stage: int) -> None:
+    """Near the float32 run, but not that run: the weights in the module are rounded, the masters are not.
 
-
-def test_detector_trains_with_bf16_parameters(alone, together) -> None:
-    """Near the float32 run, but not that run: the weights in the module are rounded, the masters are not."""
-    losses, masters = together[0][1, "bf16_parameters"]
+    Not nearer, because equal scores in bfloat16 let the choice of queries turn on the last bit of a matrix product.
+    """
+    losses, masters = together[0][stage, "bf16_parameters"]
     exact = alone[0, "fp32"][0]
     assert losses == pytest.approx(exact, rel=0.05)
     assert losses != pytest.approx(exact, rel=1e-6)
