@@ -193,6 +193,8 @@ class RayEngine:
                 asked = True
                 for worker in self._actors:
                     worker.request_stop.remote()
+            if stop.take_save_request():
+                self._actors[0].request_save.remote()
             self._show_events(show)
         result: StageResult = ray.get(runs[0])
         return result

@@ -30,6 +30,7 @@ class WorkerProcess:
     def __init__(self) -> None:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._stop = threading.Event()
+        self._save = threading.Event()
 
     def process_id(self) -> int:
         return os.getpid()
@@ -52,9 +53,14 @@ class WorkerProcess:
             return run_stage(job, self)
         finally:
             self._stop.clear()
+            self._save.clear()
 
     def request_stop(self) -> None:
         self._stop.set()
+
+    def request_save(self) -> None:
+        """Save at the next step and go on; one rank is enough, the ranks agree."""
+        self._save.set()
 
     def take_events(self) -> list[Event]:
         """Events reported since the last call."""
@@ -70,3 +76,8 @@ class WorkerProcess:
 
     def stop_requested(self) -> bool:
         return self._stop.is_set()
+
+    def save_requested(self) -> bool:
+        requested = self._save.is_set()
+        self._save.clear()
+        return requested

@@ -213,8 +213,15 @@ class StartConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every_steps: int = 1000  # 0: only at the end and when interrupted
+    every_steps: int = 1000  # 0: not by steps; at the end and when interrupted a checkpoint is always written
+    every_minutes: float = 0.0  # since the last one began, by the clock of rank 0; 0: not by time
     keep_last: int = 3  # older ones are deleted
+    keep_best: bool = False  # also keep that of the evaluation with the highest AP, as best_XXXXXXXX
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 0, f"checkpoint.every_steps is {self.every_steps}: expected 0 (off) or more")
+        _require(self.every_minutes >= 0, f"checkpoint.every_minutes is {self.every_minutes}: expected 0 (off) or more")
+        _require(self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}: expected at least 1")
 
 
 @dataclass(frozen=True)
