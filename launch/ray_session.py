@@ -64,6 +64,8 @@ class RaySession:
                 f"launch.address is '{self.launch.address}': no Ray cluster answers there ({_first_line(error)}); "
                 "expected local, auto or host:port"
             ) from None
+        # Otherwise Ray prints the last 20 lines of a lost machine's log; there is no public call against that.
+        ray._private.worker._worker_logs_enabled = False
         self._started = True
 
     def guard(self) -> None:
