@@ -33,6 +33,7 @@ from dino_scale.training.ema import WeightAverage
 from dino_scale.training.metrics import MetricsLog
 from dino_scale.training.objective import Objective
 from dino_scale.training.optimizer import aligned, group_table, parameter_groups
+from dino_scale.training.prefetch import on_device
 from dino_scale.training.schedule import total_steps
 from dino_scale.training.trainer import Progress, StageLength, Trainer
 from dino_scale.training.zero import ZeroEngine
@@ -79,8 +80,9 @@ class _StageRun:
         self.config: StageConfig = job.config.stages[job.stage]
         self.folder = Path(job.run_dir) / job.stage
         data = self.config.data
-        self.index = open_dataset(data.train, data.cache, data.cache_shards)
-        self.validation = open_dataset(data.validation, data.cache, data.cache_shards) if data.validation else None
+        cache = (data.cache, data.cache_shards, data.cache_gigabytes)
+        self.index = open_dataset(data.train, *cache)
+        self.validation = open_dataset(data.validation, *cache) if data.validation else None
         self._require_same_classes()
         batch = self.config.batch
         self.accumulation = microbatches_per_rank(batch, distributed.world_size())
@@ -181,7 +183,8 @@ class _StageRun:
         return Progress(manifest.step, manifest.skipped_steps, manifest.best)
 
     def _data(self) -> Iterator[list[Batch]]:
-        return training_microbatches(
+        device = distributed.device()
+        steps = training_microbatches(
             self.index,
             seed=self.job.config.seed,
             augmentation=self.config.augmentation,
@@ -194,7 +197,9 @@ class _StageRun:
             order=self.config.data.order,
             pad_multiple=self.config.data.pad_multiple,
             on_bad=self._note_bad,
+            pin=device.type == "cuda",
         )
+        return on_device(steps, device)
 
     def _note_bad(self, bad: BadSample) -> None:
         """One line in bad_samples.jsonl; every rank appends its own, a short append is not torn."""
