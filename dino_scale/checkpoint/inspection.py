@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from dino_scale.checkpoint.manifest import Manifest, digest_file, read_manifest
+from dino_scale.checkpoint.manifest import Manifest, read_manifest
+from dino_scale.checkpoint.tensor_file import digest_file
 
 
 @dataclass(frozen=True)

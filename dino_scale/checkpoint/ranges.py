@@ -1,55 +1,48 @@
 """Checkpoint shards by byte range: any stretch of a parameter with exact reads, and files larger than memory.
 
 The safetensors library maps whole files and hands out whole tensors; here a read is one `pread` of exactly the bytes
-asked for, into the destination's own memory, and a file is written piece by piece. The format (safetensors 0.4 on) is
-eight bytes with the length of a JSON header, the header (dtype, shape and byte offsets of every tensor), the data.
-Everything in a shard is float32. Nothing here needs torch.
+asked for, into the destination's own memory, and a file is written piece by piece (format: `tensor_file.py`).
+Everything in a shard is a float32 vector. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from dino_scale.checkpoint.manifest import FileEntry, Manifest, tensor_key
+from dino_scale.checkpoint.manifest import Manifest, tensor_key
+from dino_scale.checkpoint.tensor_file import FileEntry, read_header
 from dino_scale.errors import CheckpointError
 
 ITEM = 4  # bytes of a float32
-_HEADER_LIMIT = 100 << 20  # bytes; the safetensors library refuses longer ones too
+_LONGEST_HEADER = 100 << 20  # bytes; the safetensors library refuses longer ones too
 _OPEN_FILES = 64  # a checkpoint of a thousand workers must not need a thousand file descriptors
 
 
 class Shard:
-    """One shard file, open for reading. CheckpointError when its header is not that of float32 tensors."""
+    """One shard file, open for reading. CheckpointError when it is not one of float32 tensors."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            self._tensors = read_header(path, _LONGEST_HEADER)
             self._descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: missing, the checkpoint is torn") from None
-        try:
-            self._spans = _spans(path, self._descriptor)
-        except BaseException:
-            self.close()
-            raise
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}), the checkpoint is damaged") from None
 
     def read_into(self, key: str, first: int, target: memoryview) -> None:
         """Fill `target` (bytes) with the elements of tensor `key` from `first` on."""
-        begin, end = self._spans.get(key, (0, -1))
-        offset = begin + ITEM * first
-        if first < 0 or offset + len(target) > end:
-            raise CheckpointError(
-                f"{self.path}: holds no {len(target) // ITEM} elements from {first} on under '{key}', as the manifest "
-                "says: altered after it was written"
-            )
-        _read_exactly(self.path, self._descriptor, offset, target)
+        tensor = self._tensors.get(key)
+        last = first + len(target) // ITEM
+        if tensor is None or tensor.dtype != "F32" or not 0 <= first <= last <= math.prod(tensor.shape):
+            raise CheckpointError(f"{self.path}: holds no float32 elements {first} to {last} under '{key}': altered")
+        _read_exactly(self.path, self._descriptor, tensor.begin + ITEM * first, target)
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -143,35 +136,13 @@ def _header(contents: Sequence[tuple[str, int]]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _spans(path: Path, descriptor: int) -> dict[str, tuple[int, int]]:
-    """Begin and end in the file, in bytes, of every tensor."""
-    size = os.fstat(descriptor).st_size
-    prefix = bytearray(8)
-    _read_exactly(path, descriptor, 0, memoryview(prefix))
-    length = int.from_bytes(prefix, "little")
-    if length > min(size - 8, _HEADER_LIMIT):
-        raise CheckpointError(f"{path}: a header of {length} bytes in a file of {size}: not a safetensors file")
-    text = bytearray(length)
-    _read_exactly(path, descriptor, 8, memoryview(text))
-    try:
-        table = json.loads(text.decode())
-        table.pop("__metadata__", None)
-        return {key: _span(entry, 8 + length, size) for key, entry in table.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its header is not that of float32 tensors ({error!r})") from None
-
-
-def _span(entry: dict[str, Any], data: int, size: int) -> tuple[int, int]:
-    first, last = (data + int(offset) for offset in entry["data_offsets"])
-    if entry["dtype"] != "F32" or not data <= first <= last <= size:
-        raise ValueError(f"{entry['dtype']} at bytes {first} to {last} of {size}")
-    return first, last
-
-
 def _read_exactly(path: Path, descriptor: int, offset: int, target: memoryview) -> None:
     done = 0
     while done < len(target):
-        count = os.preadv(descriptor, [target[done:]], offset + done)
+        try:
+            count = os.preadv(descriptor, [target[done:]], offset + done)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}), the checkpoint is damaged") from None
         if count == 0:
             raise CheckpointError(f"{path}: ends before byte {offset + len(target)}: truncated")
         done += count

@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from dino_scale.checkpoint.manifest import FILE_NAME, FileEntry, Manifest, Piece, tensor_key, verify
+from dino_scale.checkpoint.layout import sync, write_synced
+from dino_scale.checkpoint.manifest import FILE_NAME, Manifest, Piece, tensor_key, verify
 from dino_scale.checkpoint.ranges import ITEM, ParameterReader, ShardWriter
+from dino_scale.checkpoint.tensor_file import FileEntry
 from dino_scale.errors import UserError
 
 _BLOCK = 4 << 20  # bytes that are in memory at once
@@ -37,11 +39,10 @@ def reshard(source: Path, target: Path, parts: int) -> None:
     partial.mkdir(parents=True)
     try:
         rewritten = _rewrite(source, manifest, partial, parts)
-        (partial / FILE_NAME).write_text(rewritten.to_json(), encoding="utf-8")
-        _sync(partial / FILE_NAME)
-        _sync(partial)
+        write_synced(partial / FILE_NAME, rewritten.to_json())
+        sync(partial)
         os.rename(partial, target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -100,13 +101,5 @@ def _write_shard(
 
 def _copy(source: Path, target: Path, entry: FileEntry) -> FileEntry:
     shutil.copyfile(source, target)
-    _sync(target)
+    sync(target)
     return entry
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,12 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """What a header says of one tensor: dtype as safetensors names it, for example "F32"."""
+    """What a header says of one tensor: dtype as safetensors names it, for example "F32"; begin: its place in the file,
+    in bytes, which does not make two entries differ."""
 
     dtype: str
     shape: tuple[int, ...]
+    begin: int = field(default=0, compare=False)
 
 
 def digest_file(path: Path) -> FileEntry:
@@ -62,12 +64,12 @@ def read_header(path: Path, longest: int) -> dict[str, TensorEntry]:
             raise CheckpointError(f"{path}: a header of {length} bytes, at most {longest} expected: altered")
         text = file.read(length)
     try:
-        return _decode_header(strict_json.parse(text), size - 8 - length)
+        return _decode_header(strict_json.parse(text), 8 + length, size)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its header is not that of a safetensors file ({error})") from None
 
 
-def _decode_header(header: dict[str, Any], size: int) -> dict[str, TensorEntry]:
+def _decode_header(header: dict[str, Any], data: int, size: int) -> dict[str, TensorEntry]:
     header.pop(_METADATA, None)
     entries, spans = {}, []
     for name, item in header.items():
@@ -76,13 +78,13 @@ def _decode_header(header: dict[str, Any], size: int) -> dict[str, TensorEntry]:
             raise ValueError(f"{name} has shape {list(shape)} at {[begin, end]}")
         if end - begin != math.prod(shape) * _SIZES[dtype]:
             raise ValueError(f"{name} of {dtype} {list(shape)} does not fit into bytes {begin} to {end}")
-        entries[name] = TensorEntry(dtype, shape)
+        entries[name] = TensorEntry(dtype, shape, data + begin)
         spans.append((begin, end))
     position = 0
     for begin, end in sorted(spans):
         if begin != position:
             raise ValueError(f"tensors overlap or leave a hole at byte {min(begin, position)}")
         position = end
-    if position != size:
-        raise ValueError(f"its tensors end at byte {position} of {size}")
+    if position != size - data:
+        raise ValueError(f"its tensors end at byte {position} of {size - data}")
     return entries

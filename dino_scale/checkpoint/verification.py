@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from dino_scale.checkpoint.manifest import FileEntry, Manifest, read_manifest, verify_file
+from dino_scale.checkpoint.manifest import Manifest, read_manifest, require_sizes, verify_files
+from dino_scale.checkpoint.tensor_file import FileEntry
 from dino_scale.errors import CheckpointError
 from dino_scale.training import distributed
 
@@ -15,11 +16,10 @@ def verify_together(folder: Path) -> Manifest:
 
     The manifest that rank 0 reads counts for all. CheckpointError, the same on every rank, when any file is damaged.
     """
-    manifest = distributed.on_rank_zero(lambda: read_manifest(folder))
+    manifest = distributed.on_rank_zero(lambda: _read(folder))
     problem: CheckpointError | None = None
     try:
-        for name in share(manifest.files, distributed.rank(), distributed.world_size()):
-            verify_file(folder, name, manifest.files[name])
+        verify_files(folder, manifest, share(manifest.files, distributed.rank(), distributed.world_size()))
     except CheckpointError as error:
         problem = error
     except OSError as error:  # of this rank alone; the others must hear of it
@@ -27,6 +27,12 @@ def verify_together(folder: Path) -> Manifest:
     for found in distributed.gather_objects(problem):
         if found is not None:
             raise found
+    return manifest
+
+
+def _read(folder: Path) -> Manifest:
+    manifest = read_manifest(folder)
+    require_sizes(folder, manifest)
     return manifest
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dino_scale.checkpoint.manifest import read_manifest, verify
-from dino_scale.checkpoint.ranges import ParameterReader, Shard
+from dino_scale.checkpoint.ranges import ParameterReader
 from dino_scale.checkpoint.reshard import reshard
 from dino_scale.errors import CheckpointError, UserError
 from launch.cli import main
@@ -74,40 +74,9 @@ def test_manifest_with_a_hole_is_refused_and_nothing_is_left(source: Path, tmp_p
     data = json.loads((source / "manifest.json").read_text())
     del data["pieces"]["body.weight"][1]
     (source / "manifest.json").write_text(json.dumps(data))
-    with pytest.raises(CheckpointError, match=r"fp32 of parameter body\.weight ends at element"):
+    with pytest.raises(CheckpointError, match=r"parameter body\.weight is not whole"):
         reshard(source, tmp_path / "target", 2)
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"\x01", "truncated"),
-        (b"\xff" * 7 + b"\x7f" + b"{}", "not a safetensors file"),
-        (b"\x02" + b"\0" * 7 + b"[]", "not that of float32 tensors"),
-        (b"\x03" + b"\0" * 7 + b"{:}", "not that of float32 tensors"),
-        (b"cos\nsystem\n(S'exit 1'\ntR.", "not a safetensors file"),
-    ],
-)
-def test_file_that_is_no_shard_is_named(tmp_path: Path, content: bytes, message: str) -> None:
-    (tmp_path / "shard").write_bytes(content)
-    with pytest.raises(CheckpointError, match=message):
-        Shard(tmp_path / "shard")
-
-
-@pytest.mark.parametrize(
-    "entry",
-    [
-        {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]},
-        {"dtype": "F32", "shape": [2], "data_offsets": [0, 12]},
-        {"dtype": "F32", "shape": [2], "data_offsets": [-4, 4]},
-    ],
-)
-def test_tensor_outside_of_its_file_is_refused(tmp_path: Path, entry: dict) -> None:
-    header = json.dumps({"x": entry}).encode()
-    (tmp_path / "shard").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
-    with pytest.raises(CheckpointError, match="at bytes"):
-        Shard(tmp_path / "shard")
 
 
 def test_reader_reads_what_is_asked_for_and_no_more(source: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dino_scale.checkpoint.manifest import Manifest, Piece, digest_file, tensor_key
+from dino_scale.checkpoint.manifest import Manifest, Piece, tensor_key
 from dino_scale.checkpoint.ranges import ITEM, ShardWriter
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
@@ -32,8 +32,9 @@ def write_checkpoint(folder: Path, shapes: dict[str, tuple[int, ...]] = SHAPES, 
         files[file] = _write_shard(folder / file, held, dice)
         for name, start, numel in held:
             pieces.setdefault(name, []).append(Piece(file, start, numel))
-    (folder / "common.safetensors").write_bytes(b"anything: it is copied as it is")
-    files["common.safetensors"] = digest_file(folder / "common.safetensors")
+    common = ShardWriter(folder / "common.safetensors", [("offset", 5)])
+    common.write(bytes(range(20)))
+    files["common.safetensors"] = common.close()
     ordered = {name: tuple(sorted(held, key=lambda piece: piece.start)) for name, held in pieces.items()}
     manifest = Manifest(
         step=4,
