@@ -92,7 +92,7 @@ def _plain_save(engine: ZeroEngine, folder: Path, turns: int) -> tuple[list[Row]
     state = {(item.name, item.start, kind): item.tensors[kind] for item in engine.fragments for kind in engine.kinds}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / str(distributed.rank())
-    seconds = []
+    seconds: list[float] = []
     before = _resident()
     _forget_peak()
     for _ in range(turns):
@@ -137,7 +137,8 @@ def _saves(saver: Saver, size: float, plain: float, turns: int, raw: float) -> l
 def _work(go_on: Callable[[], bool]) -> tuple[float, float]:
     """Mean seconds of matrix products and of pure Python, repeated while `go_on` and for at most a second."""
     matrix = torch.ones(_MATRIX, _MATRIX)
-    products, python = [], []
+    products: list[float] = []
+    python: list[float] = []
     end = time.perf_counter() + 1.0
     while (go_on() or not products) and time.perf_counter() < end:
         begin = time.perf_counter()
