@@ -76,13 +76,15 @@ class Placement:
                 )
         return None
 
-    def start(self, group: Any) -> list[Worker]:
-        """Workers in rank order on a reserved group. Raises Lost."""
+    def start(self, group: Any) -> list[Worker] | None:
+        """Workers in rank order on a reserved group; None when stopped meanwhile. Raises Lost."""
         ray = import_ray()
         homes = self._homes(group)
         order = sorted(homes, key=lambda bundle: (homes[bundle].address, homes[bundle].node, bundle))
         actors = [self._start_actor(group, bundle, homes[bundle].address) for bundle in order]
         started = self._answers([actor.prepare.remote() for actor in actors])
+        if started is None:
+            return None
         nodes = [homes[bundle].node for bundle in order]
         address = homes[order[0]].address
         try:
@@ -127,8 +129,8 @@ class Placement:
         )(WorkerProcess)
         return actor.remote(address, launch.notice_file, 0.0 if launch.address == "local" else _LEASE_SECONDS)
 
-    def _answers(self, calls: list[Any]) -> list[Any]:
-        """What `calls` return. Lost when one fails, or all together take too long."""
+    def _answers(self, calls: list[Any]) -> list[Any] | None:
+        """What `calls` return; None when stopped. Lost when one fails, or all together take too long."""
         ray = import_ray()
         deadline, pending = time.monotonic() + _START_SECONDS, list(calls)
         while pending:
@@ -138,7 +140,7 @@ class Placement:
             except ray.exceptions.RayError as error:
                 raise Lost(f"a worker could not be started ({in_a_line(error)})") from None
             if self._stopped():
-                raise Lost("a stop was requested while the workers started")
+                return None
             if pending and time.monotonic() > deadline:
                 raise Lost(f"{len(pending)} of {len(calls)} worker(s) did not start within {_START_SECONDS:.0f} s")
         return list(ray.get(calls))
