@@ -178,7 +178,7 @@ def test_a_host_is_killed_and_comes_back(
     assert_same_result(job, undisturbed)
 
 
-def test_a_host_is_cut_off_the_job_is_stopped_and_its_driver_killed(
+def test_a_host_is_cut_off_the_job_is_stopped_and_everything_is_lost(
     cluster: RayHosts, chain: Path, undisturbed: Job, tmp_path: Path, record_property: Record
 ) -> None:
     job = train(cluster, chain, tmp_path / "run")
@@ -192,11 +192,11 @@ def test_a_host_is_cut_off_the_job_is_stopped_and_its_driver_killed(
     job = Job(cluster, job.run, "resume", str(job.run))
     fault = time.time()
     record_property("resume, seconds", job.seconds_to_new_step(fault, world=2))
-    job.python().kill()
+    cluster.lose_everything()
     job.process.wait(60)
     fault = time.time()
     job = Job(cluster, job.run, "resume", str(job.run))
-    record_property("resume after the driver was killed, seconds", job.seconds_to_new_step(fault, world=2))
+    record_property("resume after everything was lost, seconds", job.seconds_to_new_step(fault, world=2))
     job.end(0)
     assert_same_result(job, undisturbed)
 

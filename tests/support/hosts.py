@@ -161,15 +161,20 @@ class RayHosts:
             "RAY_AUTH_TOKEN": secrets.token_hex(16),
         }
         self.address = f"{self.head.address}:6379"
-        self._start(
-            self.head,
-            "--head",
-            "--port=6379",
-            "--num-cpus=0",
-            "--include-dashboard=false",
-            f"--temp-dir={network.ray_folder}",
-        )
         self.workers = [network.add() for _ in range(workers)]
+        self._start_all()
+
+    def lose_everything(self) -> None:
+        """A power failure of all hosts, the head included; they come back with nothing but their disks."""
+        for host in (self.head, *self.workers):
+            host.kill()
+        for host in (self.head, *self.workers):
+            host.restart()
+        self._start_all()
+
+    def _start_all(self) -> None:
+        folder = f"--temp-dir={self.network.ray_folder}"
+        self._start(self.head, "--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false", folder)
         for host in self.workers:
             self.join(host)
 
