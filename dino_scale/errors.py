@@ -34,6 +34,10 @@ class RunFolderError(UserError):
     """A run folder that exists where none may, or is missing or unusable where one must be."""
 
 
+class SaveError(UserError):
+    """A checkpoint that the run cannot end without could not be written (disk full, folder gone); earlier ones stay."""
+
+
 class DataError(DinoScaleError):
     """Annotations, images, shards or weights whose content is wrong."""
 

@@ -158,8 +158,13 @@ def _add_raw_data(parser: argparse.ArgumentParser, required: bool) -> None:
     add("--also-after", type=int, default=0, metavar="N", help="of B.json leave out the first N images")
     add("--skip-unreadable", action="store_true", help="leave out and count images that are missing or do not decode")
     add(
-        "--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
-        help="processes; the result does not depend on it; default: CPU cores, at most 8",
+        "--workers", type=int, metavar="N",
+        help="processes; the result does not depend on it; default: CPU cores, at most 8; with --address all of them",
+    )  # fmt: skip
+    add(
+        "--address", metavar="A",
+        help="work as Ray tasks: auto or host:port joins a cluster (all its machines must see the folders), local "
+        "starts Ray here; default: no Ray",
     )  # fmt: skip
 
 

@@ -49,3 +49,6 @@ class StageControl:
 
     def stop_requested(self) -> bool:
         return self._stop.requested
+
+    def save_requested(self) -> bool:
+        return self._stop.take_save_request()

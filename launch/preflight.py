@@ -50,7 +50,7 @@ def _check_data(name: str, stage: StageConfig) -> None:
         if not folder:
             continue
         try:
-            open_dataset(folder, stage.data.cache, stage.data.cache_shards)
+            open_dataset(folder, stage.data.cache, stage.data.cache_shards, stage.data.cache_gigabytes)
         except DataError as error:
             raise DataError(f"stages.{name}.data.{key}: {error}") from None
 

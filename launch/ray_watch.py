@@ -124,6 +124,8 @@ class Watch:
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def _pass_on_requests(self, stop: StopRequest, wish: Callable[[], str | None]) -> None:
+        if stop.take_save_request():
+            self._workers[0].actor.request_save.remote()
         if self._stopping:
             return
         if not stop.requested and time.monotonic() >= self._next_wish:

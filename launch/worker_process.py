@@ -46,6 +46,7 @@ class WorkerProcess:
         self._notice_file, self._lease = notice_file, lease_seconds
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._stop = threading.Event()
+        self._save = threading.Event()
         self._asked = self._advanced = time.monotonic()
         self._step: int | None = None
         self._own: deque[float] = deque(maxlen=_REMEMBERED_STEPS)
@@ -87,9 +88,14 @@ class WorkerProcess:
         finally:
             ended.set()
             self._stop.clear()
+            self._save.clear()
 
     def request_stop(self) -> None:
         self._stop.set()
+
+    def request_save(self) -> None:
+        """Save at the next step and go on; one rank is enough, the ranks agree."""
+        self._save.set()
 
     def pulse(self) -> Pulse:
         """How this worker fares, with the events since the last call."""
@@ -120,3 +126,8 @@ class WorkerProcess:
 
     def stop_requested(self) -> bool:
         return self._stop.is_set()
+
+    def save_requested(self) -> bool:
+        requested = self._save.is_set()
+        self._save.clear()
+        return requested

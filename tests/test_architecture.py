@@ -40,6 +40,7 @@ HOMES = {
     "fsspec": Home("data_pipeline", required=False),
     "webdataset": Home("data_pipeline"),
     "simplejpeg": Home("data_pipeline"),
+    "zlib_ng": Home("data_pipeline", required=False),
     "triton": Home("kernels", single=False),
     "numba": Home("kernels", single=False),
 }

@@ -55,3 +55,6 @@ class Control(Protocol):
 
     def stop_requested(self) -> bool:
         """True once the worker should save and return; ranks may hear of it at different times and agree themselves."""
+
+    def save_requested(self) -> bool:
+        """True while a request to save and go on is not served; to ask is to serve it, so ask once per step."""
