@@ -20,6 +20,7 @@ from launch.worker_process import Place, WorkerProcess
 
 _LOOK_SECONDS = 0.5
 _RELEASE_SECONDS = 20.0  # until the processes of an ended generation have let go of what they held
+_ASK_SECONDS = 10.0  # for machines that are not there, before the cluster is looked at anew
 _START_SECONDS = 180.0
 _LEASE_SECONDS = 60.0
 
@@ -61,20 +62,28 @@ class Placement:
             usable, avoid = self._machines.usable()
             room = self._machines.room(usable, own)
             count = largest_fitting(counts, room)
+            if count is None and not told:
+                self._refuse_or_tell(counts, room)
+                told = True
             group = self._machines.reserve(count or counts[-1], avoid)
-            if group.wait(_RELEASE_SECONDS if count else _LOOK_SECONDS):
+            if self._is_placed(group, _RELEASE_SECONDS if count else _ASK_SECONDS):
                 return group
             import_ray().util.remove_placement_group(group)
             own = Counter()  # whatever has not become free by now is somebody else's
-            if not told:
-                self._refuse_or_tell(counts, room)
-                told = True
             if time.monotonic() > deadline:
                 raise WorkerLostError(
                     f"there was no room for {self._wanted(counts)} for {self._launch.patience_minutes:g} min "
                     "(launch.patience_minutes)"
                 )
         return None
+
+    def _is_placed(self, group: Any, seconds: float) -> bool:
+        """Whether the group gets its resources in that time, and nobody asks to stop meanwhile."""
+        deadline = time.monotonic() + seconds
+        while not group.wait(_LOOK_SECONDS):
+            if self._stopped() or time.monotonic() > deadline:
+                return False
+        return True
 
     def start(self, group: Any) -> list[Worker] | None:
         """Workers in rank order on a reserved group; None when stopped meanwhile. Raises Lost."""
