@@ -281,8 +281,8 @@ class LaunchConfig:
     address: str = "local"  # ray only: "local" starts Ray on this machine, "auto" or host:port joins a cluster
     # ray only: how often a stage starts again after lost workers or machines, counted anew after every checkpoint
     retries: int = 5
-    # ray only: workers without a step for this long hang and start again; so long a run waits for machines it lacks.
-    patience_minutes: float = 30.0  # must exceed the longest evaluation
+    # ray only: workers without a sign of life for this long start again; so long a run waits for machines it lacks
+    patience_minutes: float = 30.0  # (steps and images of an evaluation count as signs of life)
     notice_file: str = ""  # ray only: a machine on which this file appears is about to be taken away; empty: none
 
     def __post_init__(self) -> None:
