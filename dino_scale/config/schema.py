@@ -108,7 +108,7 @@ class DataConfig:
     cache_shards: bool = False  # copy whole shards from addresses, instead of asking for one image at a time
     cache_gigabytes: float = 0.0  # (10^9 bytes) all shards in `cache` together, least recently used go; 0: no limit
     loader_workers: int = 2  # processes per training worker; 0: read in the training process
-    # windowed: neighbours in the shards stay near; size_planned: like sizes share a microbatch
+    # windowed: four shards at a time; size_planned: like sizes share a microbatch
     order: Literal["permutation", "windowed", "size_planned"] = "permutation"
     bad_share: float = 0.001  # unreadable images may be replaced up to this share of those seen (at least one epoch)
     pad_multiple: int = 1  # padded height and width are rounded up to a multiple of this, for compiled models
