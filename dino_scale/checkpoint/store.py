@@ -143,4 +143,4 @@ def _set_untrained(path: Path, saved: dict[str, torch.Tensor], engine: ZeroEngin
 
 
 def _form(tensor: torch.Tensor | None) -> str:
-    return "absent" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+    return "absent" if tensor is None else f"of shape {list(tensor.shape)}"
