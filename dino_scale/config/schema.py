@@ -250,11 +250,20 @@ class StageConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast; parameters, coordinates and losses stay fp32
+    # bf16: autocast; parameters, coordinates and losses stay fp32. bf16_parameters: parameters are bf16 too, beside
+    # fp32 masters that DeepSpeed splits; needs zero_stage 1 to 3
+    precision: Literal["fp32", "bf16", "bf16_parameters"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1  # DeepSpeed ZeRO
     ema_decay: float = 0.0  # exponential moving average of the weights per step; 0: off (official 0.9997 when on)
     log_every_steps: int = 10
     non_finite_limit: int = 10  # steps with a non-finite loss that may be skipped before the run stops
+
+    def __post_init__(self) -> None:
+        _require(
+            self.precision != "bf16_parameters" or self.zero_stage > 0,
+            "precision is bf16_parameters with zero_stage 0: expected zero_stage 1, 2 or 3 with it, or precision bf16 "
+            "(DeepSpeed's optimizer for this pair differs from the others and cannot be resumed under them)",
+        )
 
 
 @dataclass(frozen=True)
