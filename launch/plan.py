@@ -9,11 +9,12 @@ import torch
 
 from data_pipeline.dataset import is_remote, open_dataset
 from data_pipeline.loader import microbatches_per_rank
-from dino_scale.config.schema import ChainConfig, ModelConfig, StageConfig
+from dino_scale.config.schema import ChainConfig, ModelConfig, StageConfig, WorkerRange
 from dino_scale.errors import ConfigError, DataError
 from dino_scale.model.dino import Dino, build_model
 from dino_scale.training.optimizer import group_table, parameter_groups
 from dino_scale.training.schedule import total_steps
+from launch.elastic import worker_counts
 
 ASSUMED_CLASSES = 80  # where no data is there to count them
 _FLOAT_BYTES = 4  # parameters, gradients and moments are float32; bf16 is autocast only
@@ -71,7 +72,7 @@ class Memory:
 
 def plan_stages(config: ChainConfig) -> list[StagePlan]:
     """ConfigError where a batch does not divide among the workers."""
-    workers = 1 if config.launch.engine == "local" else config.launch.workers
+    workers = WorkerRange(1, 1) if config.launch.engine == "local" else config.launch.worker_range()
     return [_plan_stage(name, stage, workers) for name, stage in config.stages.items()]
 
 
@@ -116,8 +117,9 @@ def memory(size: ModelSize, zero_stage: int, workers: int, average: bool) -> Mem
     )
 
 
-def _plan_stage(name: str, stage: StageConfig, workers: int) -> StagePlan:
+def _plan_stage(name: str, stage: StageConfig, bounds: WorkerRange) -> StagePlan:
     try:
+        workers = worker_counts(stage.batch, bounds)[0]
         accumulation = microbatches_per_rank(stage.batch, workers)
     except ConfigError as error:
         raise ConfigError(f"stages.{name}.{error}") from None

@@ -19,6 +19,7 @@ from dino_scale.training.control import Control, MessageEvent, StepEvent
 from dino_scale.training.determinism import seed_microbatch
 from dino_scale.training.ema import WeightAverage
 from dino_scale.training.metrics import MetricsLog, Stopwatch, memory_megabytes
+from dino_scale.training.own_time import OwnTime
 from dino_scale.training.schedule import rate_factor
 from dino_scale.training.zero import StepOutcome, ZeroEngine
 
@@ -90,6 +91,7 @@ class Trainer:
         self.device = distributed.device()
         self.watch = Stopwatch()
         self.last_save = time.monotonic()
+        self.own_time = OwnTime(self.device)
         self.timed_steps = 0
         self.agreed_steps = 0  # since this process began, like `replaced`
         self.replaced = 0  # images that stood in for unreadable ones, on all ranks
@@ -114,6 +116,7 @@ class Trainer:
             progress.step += 1
             self.timed_steps += 1
             self._account(outcome, progress)
+            self.control.beat(progress.step, self.own_time.take())
             self._log_when_due(outcome, progress)
             self._pause_when_due(progress)
         return False
@@ -123,7 +126,9 @@ class Trainer:
         while True:
             begin = time.perf_counter()
             item = next(source, None)
-            self.watch.add_wait(time.perf_counter() - begin)
+            waited = time.perf_counter() - begin
+            self.watch.add_wait(waited)
+            self.own_time.add(waited)
             if item is None:
                 return
             yield item
@@ -165,7 +170,8 @@ class Trainer:
         outcome = None
         for number, batch in enumerate(microbatches, start=first):
             generator = seed_microbatch(self.seed, step, number)
-            loss, parts = self.engine(batch.to(self.device), box_count, generator)
+            with self.own_time.measured():
+                loss, parts = self.engine(batch.to(self.device), box_count, generator)
             self.engine.backward(loss * scale)
             outcome = self.engine.step()
             self.window.append(parts)
