@@ -73,5 +73,5 @@ def _checkpoint(what: Any, add: AddCommand) -> None:
     sizes = ("r50", "swin_l", "small")
     parser.add_argument("--models", nargs="+", choices=sizes, default=["r50", "swin_l"], help="default: r50 swin_l")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
-    parser.add_argument("--turns", type=int, default=3, metavar="N", help="the median of N times counts; default 3")
+    parser.add_argument("--turns", type=int, default=3, metavar="N", help="the least of N times counts; default 3")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="new file; its disk is measured")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from launch.signals import StopRequest
 from launch.worker import StageJob, StageResult
 
 _POLL_SECONDS = 0.2
+_PULSE_SHARE = 0.005  # seconds per worker and question: 512 workers are asked every 2.6 s
 _WISH_SECONDS = 1.0  # between two looks at the cluster
 _UNANSWERED_SECONDS = 3.0  # a pulse that takes longer raises the question whether the machine can be reached at all
 _FAILED_PROBES = 2  # in a row, until a machine counts as lost
@@ -39,6 +41,7 @@ class Watch:
         ]
         self._hearts = Heartbeats([worker.name for worker in workers], time.monotonic())
         self._pulses: dict[int, tuple[Any, float]] = {}  # rank -> (answer under way, asked when)
+        self._pulse_seconds = len(workers) * _PULSE_SHARE  # between two questions to one worker
         self._unreachable: dict[str, int] = {}  # node -> probes in a row that failed
         self._stopping = False
         self._next_wish = time.monotonic()
@@ -71,10 +74,11 @@ class Watch:
         """Note the answers that have come, and ask those workers again."""
         now = time.monotonic()
         for rank, worker in enumerate(self._workers):
-            call, _ = self._pulses.get(rank, (None, now))
-            if call is not None and not self._note_answer(rank, call):
-                continue
-            self._pulses[rank] = (worker.actor.pulse.remote(), now)
+            call, asked = self._pulses.get(rank, (None, -math.inf))
+            if call is not None and self._note_answer(rank, call):
+                self._pulses[rank] = (call := None, asked)
+            if call is None and now - asked >= self._pulse_seconds:
+                self._pulses[rank] = (worker.actor.pulse.remote(), now)
         for line in self._hearts.remarks(now):
             self._show(MessageEvent(line))
 
@@ -108,8 +112,8 @@ class Watch:
             raise Lost(hung)
         late = {
             self._workers[rank].machine.node: self._workers[rank]
-            for rank, (_, asked) in self._pulses.items()
-            if now - asked > _UNANSWERED_SECONDS
+            for rank, (call, asked) in self._pulses.items()
+            if call is not None and now - asked > _UNANSWERED_SECONDS
         }
         for node, worker in late.items():
             failed = 0 if worker.machine.answers() else self._unreachable.get(node, 0) + 1

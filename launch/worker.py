@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -229,7 +229,7 @@ class _StageRun:
         )
         own = detect_all(
             model.to(distributed.device()),
-            batches,
+            self._with_beats(batches),
             self.index.categories,
             mean=data.mean,
             std=data.std,
@@ -243,6 +243,11 @@ class _StageRun:
             write_evaluation(self.folder / "evaluation", progress.step, result, found)
             self.control.report(EvaluationEvent(self.job.stage, progress.step, self.metrics))
         self.checkpoints.evaluated(progress, self.metrics)
+
+    def _with_beats(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.control.beat(self.progress.step)
+            yield batch
 
     def _finish(self) -> None:
         """The stage's result: its last evaluation and its weights file, and a checkpoint that is on the disk."""

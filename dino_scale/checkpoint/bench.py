@@ -1,6 +1,7 @@
 """What saving and loading cost: against a plain torch.save of the same state, and against the bare disk.
 
-`measure` runs on every rank of a joined process group; times are those of the slowest rank, bytes the sum of all.
+`measure` runs on every rank of a joined process group; times are those of the slowest rank, bytes the sum of all. What
+is done several times counts with its least time: the rest is other work of the machine.
 """
 
 from __future__ import annotations
@@ -79,9 +80,9 @@ def measure(engine: ZeroEngine, folder: Path, turns: int, reshard: Reshard | Non
     saver = Saver(folder / "checkpoints", engine, 1, _refuse)
     size = _sum(saver.bytes)
     rows.insert(0, Row("state, all kinds", size / 1e9, "GB"))
-    rows += _saves(saver, size, plain, turns, _raw_write(folder / "raw", saver.bytes))
+    rows += _saves(saver, size, plain, turns, _raw_write(folder / "raw", saver.bytes, turns))
     rows.append(_memory("peak extra memory of saving", before, size))
-    rows += _loads(engine, folder, size)
+    rows += _loads(engine, folder, size, turns)
     if reshard is not None:
         rows += _on_first(lambda: _resharding(reshard, folder, size))
     return rows
@@ -92,7 +93,7 @@ def _plain_save(engine: ZeroEngine, folder: Path, turns: int) -> tuple[list[Row]
     state = {(item.name, item.start, kind): item.tensors[kind] for item in engine.fragments for kind in engine.kinds}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / str(distributed.rank())
-    seconds = []
+    seconds: list[float] = []
     before = _resident()
     _forget_peak()
     for _ in range(turns):
@@ -102,11 +103,11 @@ def _plain_save(engine: ZeroEngine, folder: Path, turns: int) -> tuple[list[Row]
             torch.save(state, path)
     size = sum(values.numel() * values.element_size() for values in state.values())
     rows = [
-        Row("plain torch.save, not synced", median(seconds), "s"),
+        Row("plain torch.save, not synced", min(seconds), "s"),
         _memory("peak extra memory of torch.save", before, _sum(size)),
     ]
     path.unlink()
-    return rows, median(seconds)
+    return rows, min(seconds)
 
 
 def _saves(saver: Saver, size: float, plain: float, turns: int, raw: float) -> list[Row]:
@@ -122,7 +123,7 @@ def _saves(saver: Saver, size: float, plain: float, turns: int, raw: float) -> l
     saver.save(Position(turns + 1, 0, 0, 0, "bench"), required=True)
     beside = _work(saver.writing)
     saver.settle()
-    first, stop, total = stopped[0], median(stopped[1:]), median(whole[1:])
+    first, stop, total = stopped[0], min(stopped[1:]), min(whole[1:])
     return [
         Row("training stopped by the first save", first, "s", "plain torch.save", first / plain),
         Row("training stopped by a save", stop, "s", "plain torch.save", stop / plain),
@@ -135,9 +136,10 @@ def _saves(saver: Saver, size: float, plain: float, turns: int, raw: float) -> l
 
 
 def _work(go_on: Callable[[], bool]) -> tuple[float, float]:
-    """Mean seconds of matrix products and of pure Python, repeated while `go_on` and for at most a second."""
+    """Median seconds of matrix products and of pure Python, repeated while `go_on` and for at most a second."""
     matrix = torch.ones(_MATRIX, _MATRIX)
-    products, python = [], []
+    products: list[float] = []
+    python: list[float] = []
     end = time.perf_counter() + 1.0
     while (go_on() or not products) and time.perf_counter() < end:
         begin = time.perf_counter()
@@ -146,32 +148,31 @@ def _work(go_on: Callable[[], bool]) -> tuple[float, float]:
         sum(range(50_000))
         products.append(middle - begin)
         python.append(time.perf_counter() - middle)
-    times = [_slowest(sum(part) / len(part)) for part in (products, python)]
-    return times[0], times[1]
+    return _slowest(median(products)), _slowest(median(python))
 
 
-def _loads(engine: ZeroEngine, folder: Path, size: float) -> list[Row]:
+def _loads(engine: ZeroEngine, folder: Path, size: float, turns: int) -> list[Row]:
     root = folder / "checkpoints"
     files = sorted(root.glob("*/*"))
     verifying: list[float] = []
     reading: list[float] = []
     raw: list[float] = []
     own = files[distributed.rank() :: distributed.world_size()]
-    _forget(own)
-    with _timed(raw):
-        _raw_read(own)
-    _forget(own)
-    with _timed(verifying):
-        newest = distributed.on_rank_zero(lambda: store.find_newest(root, _refuse))
-    assert newest is not None
-    _forget(own)
-    with _timed(reading):
-        store.load(*newest, engine)
-    total = verifying[0] + reading[0]
+    for _ in range(turns):
+        _forget(own)
+        with _timed(raw):
+            _raw_read(own)
+        _forget(own)
+        with _timed(verifying):
+            newest = distributed.on_rank_zero(lambda: store.find_newest(root, _refuse))
+        assert newest is not None
+        with _timed(reading):
+            store.load(*newest, engine)
+    total = min(map(sum, zip(verifying, reading, strict=True)))
     return [
-        Row("raw read of as many bytes, from disk", raw[0], "s"),
-        Row("load", total, "s", "raw read", total / raw[0]),
-        Row("of which verifying digests (rank 0)", verifying[0], "s"),
+        Row("raw read of as many bytes, from disk", min(raw), "s"),
+        Row("load", total, "s", "raw read", total / min(raw)),
+        Row("of which verifying digests (rank 0)", min(verifying), "s"),
         Row("load, throughput", size / total / 1e9, "GB/s"),
     ]
 
@@ -185,19 +186,20 @@ def _resharding(reshard: Reshard, folder: Path, size: float) -> list[Row]:
     return [Row(f"resharding to {_PARTS} files", seconds / (size / 1e9), "s per GB")]
 
 
-def _raw_write(path: Path, size: int) -> float:
-    """Seconds that every rank needs to write and sync `size` bytes of its own."""
+def _raw_write(path: Path, size: int, turns: int) -> float:
+    """Seconds until every rank has written and synced `size` bytes of its own."""
     block = os.urandom(_BLOCK)
     seconds: list[float] = []
     path.mkdir(exist_ok=True)
     own = path / str(distributed.rank())
-    os.sync()
-    with _timed(seconds), own.open("wb", buffering=0) as file:
-        for _ in range(size // _BLOCK):
-            file.write(block)
-        os.fsync(file.fileno())
-    own.unlink()
-    return seconds[0]
+    for _ in range(turns):
+        os.sync()
+        with _timed(seconds), own.open("wb", buffering=0) as file:
+            for _ in range(size // _BLOCK):
+                file.write(block)
+            os.fsync(file.fileno())
+        own.unlink()
+    return min(seconds)
 
 
 def _raw_read(paths: list[Path]) -> None:

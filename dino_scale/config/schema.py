@@ -108,7 +108,7 @@ class DataConfig:
     cache_shards: bool = False  # copy whole shards from addresses, instead of asking for one image at a time
     cache_gigabytes: float = 0.0  # (10^9 bytes) all shards in `cache` together, least recently used go; 0: no limit
     loader_workers: int = 2  # processes per training worker; 0: read in the training process
-    # windowed: neighbours in the shards stay near; size_planned: like sizes share a microbatch
+    # windowed: four shards at a time; size_planned: like sizes share a microbatch
     order: Literal["permutation", "windowed", "size_planned"] = "permutation"
     bad_share: float = 0.001  # unreadable images may be replaced up to this share of those seen (at least one epoch)
     pad_multiple: int = 1  # padded height and width are rounded up to a multiple of this, for compiled models
@@ -290,8 +290,8 @@ class LaunchConfig:
     address: str = "local"  # ray only: "local" starts Ray on this machine, "auto" or host:port joins a cluster
     # ray only: how often a stage starts again after lost workers or machines, counted anew after every checkpoint
     retries: int = 5
-    # ray only: workers without a step for this long hang and start again; so long a run waits for machines it lacks.
-    patience_minutes: float = 30.0  # must exceed the longest evaluation
+    # ray only: workers without a sign of life for this long start again; so long a run waits for machines it lacks
+    patience_minutes: float = 30.0  # (steps and images of an evaluation count as signs of life)
     notice_file: str = ""  # ray only: a machine on which this file appears is about to be taken away; empty: none
 
     def __post_init__(self) -> None:

@@ -168,6 +168,35 @@ def test_a_resumed_run_ends_with_the_same_checkpoint(undisturbed: Path, stopped)
     assert one.name == other.name and verify(one) == verify(other)
 
 
+@pytest.mark.slow
+def test_under_ray_the_driver_passes_the_request_on(chain: Path) -> None:
+    """The driver gets the signal, two workers save together and go on; then SIGTERM stops them."""
+    path = chain.parent / "ray"
+    settings = ("launch.engine=ray", "launch.workers=2", "stages.train.batch.microbatch=1")
+    overrides = [part for setting in settings for part in ("--set", setting)]
+    process = subprocess.Popen(
+        command("train", chain, "--run-dir", path, *overrides),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    stage = path / "train"
+    try:
+        wait_until(process, lambda: (stage / "metrics.jsonl").exists() and len(lines(stage)) >= 2, "step 2")
+        process.send_signal(signal.SIGUSR1)
+        wait_until(process, lambda: list((stage / "checkpoints").glob("step_*")), "a checkpoint")
+        first = newest(stage)
+        wait_until(process, lambda: len(lines(stage)) > first.step, "a step after it")
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 4, errors
+    assert first.world_size == 2 and 2 <= first.step < newest(stage).step < STEPS
+
+
 def test_an_end_that_cannot_be_saved_is_an_error(chain: Path) -> None:
     """No file may become larger than 200 KB: every save fails, the periodic ones loudly, the last one fatally."""
     path = chain.parent / "unwritable"
