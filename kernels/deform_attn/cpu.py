@@ -70,7 +70,10 @@ def _array(tensor: Tensor, dtype: torch.dtype) -> Any:
 
 
 def _arrays(value: Tensor, offsets: Tensor, logits: Tensor, reference_points: Tensor) -> list[Any]:
-    return [_array(tensor, _compute_dtype(value)) for tensor in (value, offsets, logits, reference_points)]
+    """As the loops take them. The weights are computed here: torch has vectors of exponentials, numba has not."""
+    compute = _compute_dtype(value)
+    weights = logits.detach().to(compute).softmax(-1)
+    return [_array(tensor, compute) for tensor in (value, offsets, weights, reference_points)]
 
 
 def _levels(sizes: list[int]) -> Any:
