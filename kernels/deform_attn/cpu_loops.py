@@ -87,10 +87,8 @@ def backward(
     start: int,
     stop: int,
 ) -> None:
-    """Adds to grad_value (zeroed by the caller) and writes grad_offsets and grad_logits, for the flat (image, head)
-    indices start..stop of B * M. Here value and grad_value are (B, M, S, D): the rows of one head side by side stay
-    in the cache.
-    """
+    """Adds to grad_value, zeroed before, and writes the other two, for the (image, head) indices start..stop of B * M.
+    Here value and grad_value are (B, M, S, D): the rows of one head side by side stay in the cache."""
     tokens, channels = value.shape[2], value.shape[3]
     queries, heads, points = offsets.shape[1], offsets.shape[2], offsets.shape[4]
     lanes = np.uintp(channels)
@@ -121,12 +119,14 @@ def backward(
                     if x > -one and y > -one and x < wide and y < high:
                         left, top = np.int64(np.floor(x)), np.int64(np.floor(y))
                         right_share, low_share = x - number(left), y - number(top)
-                        left_share = one - right_share
                         for low in range(2):
                             if top + low < 0 or top + low >= height:
                                 continue
                             share_y = low_share if low else one - low_share
-                            left_part, right_part = weight * share_y * left_share, weight * share_y * right_share
+                            left_part, right_part = (
+                                weight * share_y * (one - right_share),
+                                weight * share_y * right_share,
+                            )
                             corner = (item * tokens + first + (top + low) * width + left) * channels
                             near, far = np.uintp(corner), np.uintp(corner + channels)
                             near_dot, far_dot = zero, zero
@@ -137,15 +137,14 @@ def backward(
                                 for d in range(lanes):
                                     targets[near + d] += left_part * grads[at + d]
                                     targets[far + d] += right_part * grads[at + d]
-                            elif left >= 0:
-                                for d in range(lanes):
-                                    near_dot += grads[at + d] * cells[near + d]
-                                    targets[near + d] += left_part * grads[at + d]
                             else:
+                                only, part = (near, left_part) if left >= 0 else (far, right_part)
                                 for d in range(lanes):
-                                    far_dot += grads[at + d] * cells[far + d]
-                                    targets[far + d] += right_part * grads[at + d]
-                            along = left_share * near_dot + right_share * far_dot
+                                    near_dot += grads[at + d] * cells[only + d]
+                                    targets[only + d] += part * grads[at + d]
+                                if left < 0:
+                                    near_dot, far_dot = zero, near_dot
+                            along = near_dot + right_share * (far_dot - near_dot)
                             along_weight += share_y * along
                             along_x += share_y * (far_dot - near_dot)
                             along_y += along if low else -along
