@@ -74,22 +74,16 @@ def forward(
 
 
 @_jit
-def backward(
-    grad: Any,
-    value: Any,
-    offsets: Any,
-    weights: Any,
-    references: Any,
-    levels: Any,
-    grad_value: Any,
-    grad_offsets: Any,
-    grad_logits: Any,
-    start: int,
-    stop: int,
-) -> None:
-    """Adds to grad_value, zeroed before, and writes the other two, for the (image, head) indices start..stop of B * M.
-    Here value and grad_value are (B, M, S, D): the rows of one head side by side stay in the cache."""
-    tokens, channels = value.shape[2], value.shape[3]
+def backward(grad: Any, inputs: Any, steps: Any, gradients: Any, start: int, stop: int) -> None:
+    """For the flat (image, head) indices start..stop of B * M.
+
+    inputs: value, offsets, weights, references, levels. gradients, written: of value (added to, zeroed before), offsets
+    and logits. steps: numbers from one image, head and cell to the next in value and in its gradient.
+    """
+    value, offsets, weights, references, levels = inputs
+    grad_value, grad_offsets, grad_logits = gradients
+    image_step, head_step, cell_step = steps
+    channels = value.shape[3]
     queries, heads, points = offsets.shape[1], offsets.shape[2], offsets.shape[4]
     lanes = np.uintp(channels)
     number = value.dtype.type
@@ -98,6 +92,7 @@ def backward(
     alongs = np.empty(weights.shape[3], value.dtype)
     for item in range(start, stop):
         b, m = item // heads, item % heads
+        image = b * image_step + m * head_step
         for q in range(queries):
             at = np.uintp(((b * queries + q) * heads + m) * channels)
             mean = zero
@@ -127,8 +122,8 @@ def backward(
                                 weight * share_y * (one - right_share),
                                 weight * share_y * right_share,
                             )
-                            corner = (item * tokens + first + (top + low) * width + left) * channels
-                            near, far = np.uintp(corner), np.uintp(corner + channels)
+                            corner = image + (first + (top + low) * width + left) * cell_step
+                            near, far = np.uintp(corner), np.uintp(corner + cell_step)
                             near_dot, far_dot = zero, zero
                             if left >= 0 and left + 1 < width:
                                 for d in range(lanes):
