@@ -14,6 +14,7 @@ from dino_scale.config.schema import LossConfig
 from dino_scale.loss.matcher import match_layers
 from dino_scale.model.outputs import DenoisingOutputs, Outputs
 from dino_scale.structures import Targets
+from kernels.transfer import to_device
 
 _PARTS = ("class", "box", "giou")
 
@@ -106,7 +107,7 @@ def _with_encoder(outputs: Outputs) -> tuple[Tensor, Tensor]:
 def _image_of_targets(targets: Targets, device: torch.device) -> Tensor:
     """(T,) int64."""
     counts = torch.tensor(targets.counts, dtype=torch.int64)
-    return torch.repeat_interleave(torch.arange(len(counts)), counts).to(device, non_blocking=True)
+    return to_device(torch.repeat_interleave(torch.arange(len(counts)), counts), device)
 
 
 def _named(names: list[str], parts: Tensor) -> dict[str, Tensor]:
