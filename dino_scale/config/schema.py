@@ -250,6 +250,7 @@ class LaunchConfig:
     workers: int = 1  # training processes, one per accelerator (ray only; local has 1, torchrun brings its own number)
     threads: int = 1  # CPU threads of each training process; 0: torch's own choice
     address: str = "local"  # ray only: "local" starts Ray on this machine, "auto" or host:port joins a cluster
+    check_memory: bool = True  # refuse what cannot fit into this machine (hosts of a cluster elsewhere are not seen)
 
     def __post_init__(self) -> None:
         _require(self.workers >= 1, f"launch.workers is {self.workers}: expected at least 1")

@@ -27,6 +27,10 @@ from dino_scale.training import distributed
 from dino_scale.training.optimizer import ParameterGroup
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+REDUCE_BUCKET = (
+    50_000_000  # elements of gradients that travel at once; DeepSpeed's 500 million would hold 2 GB of a GPU
+)
+PERSISTENT_PARAMETER = 100_000  # elements up to which stage 3 keeps a parameter whole (DeepSpeed's default)
 
 
 @dataclass
@@ -294,7 +298,13 @@ def _deepspeed_config(stage: int, microbatch: int, accumulation: int, clip_norm:
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": clip_norm,
         "zero_allow_untested_optimizer": True,  # torch's AdamW: exact and present on every device
-        "zero_optimization": {"stage": stage, "overlap_comm": False, "contiguous_gradients": stage > 0},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "contiguous_gradients": stage > 0,
+            "reduce_bucket_size": REDUCE_BUCKET,
+            "stage3_param_persistence_threshold": PERSISTENT_PARAMETER,
+        },
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
