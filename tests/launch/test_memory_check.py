@@ -43,7 +43,7 @@ def test_a_smaller_microbatch_is_the_remedy(chain: ChainConfig) -> None:
 
 
 def test_nothing_helps(chain: ChainConfig) -> None:
-    with pytest.raises(UserError, match="augmentation.max_size and scales, or use workers with more memory"):
+    with pytest.raises(UserError, match=r"augmentation\.max_size and scales, or use workers with more memory"):
         require_memory(chain, 2, room(0.01))
 
 

@@ -10,6 +10,7 @@ from dino_scale.model.dino import build_model
 from launch.plan_cost import Reading, duration, reading, traffic
 from launch.plan_memory import Memory, ModelSize, memory, model_size, recommend
 from tests.support.memory_of_engines import MODEL, OPTIMIZER, every_stage
+from tests.support.partitions import pieces
 from tests.support.processes import run_ranks
 from tests.support.tiny_detector import CLASSES
 
@@ -24,7 +25,9 @@ def test_state_and_messages_are_those_of_real_engines() -> None:
     for stage in range(4):
         planned = memory(size, stage, WORKERS, average=True, precision="fp32", device="cpu")
         for results in ranks:
-            assert 0 <= results[stage][0] - planned.state < SCALARS, (stage, results[stage], planned)
+            assert 0 <= results[stage][0] - planned.state < SCALARS, (stage, results[stage][0], planned)
+        for rank, results in enumerate(ranks):
+            assert results[stage][2] == pieces(size, stage, rank, WORKERS)
         expected, sent = traffic(size, stage, WORKERS, ACCUMULATION, "fp32"), ranks[0][stage][1]
         found = [sent.get(name, 0) for name in ("allreduce_", "_reduce_scatter_base_", "_allgather_base_")]
         for planned_bytes, real in zip((expected.reduced, expected.scattered, expected.gathered), found, strict=True):

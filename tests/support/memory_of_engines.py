@@ -56,9 +56,13 @@ def batch(seed: int = 0, images: int = 2, size: tuple[int, int] = (64, 96), boxe
     return Batch(pixels, sizes, sizes, ids, ids, targets(*(boxes,) * images, seed=seed))
 
 
-def every_stage(accumulation: int) -> list[tuple[int, dict[str, int]]]:
-    """Of stages 0 to 3: bytes kept from step to step (with a weight average), and bytes of messages in a step."""
-    return [(state_bytes(stage), bytes_sent(stage, accumulation)) for stage in range(4)]
+Piece = tuple[int, int, int]  # number of the parameter, first element, elements
+
+
+def every_stage(accumulation: int) -> list[tuple[int, dict[str, int], list[Piece]]]:
+    """Of stages 0 to 3: bytes kept from step to step (with a weight average), bytes of messages in a step, and what
+    this rank would write to a checkpoint."""
+    return [(state_bytes(stage), *messages_and_pieces(stage, accumulation)) for stage in range(4)]
 
 
 def state_bytes(stage: int) -> int:
@@ -73,15 +77,17 @@ def state_bytes(stage: int) -> int:
     return total
 
 
-def bytes_sent(stage: int, accumulation: int) -> dict[str, int]:
+def messages_and_pieces(stage: int, accumulation: int) -> tuple[dict[str, int], list[Piece]]:
     """Bytes of the whole tensors that each kind of collective worked on in the second step."""
     engine = engine_of(stage, accumulation)
     take_step(engine, accumulation)
     messages = _Messages()
     with messages:
         take_step(engine, accumulation)
+    order = {name: number for number, (name, _) in enumerate(p for group in engine.groups for p in group.parameters)}
+    pieces = [(order[one.name], one.start + one.owned[0], one.owned[1]) for one in engine.fragments if one.owned[1]]
     engine.destroy()
-    return dict(messages.sizes)
+    return dict(messages.sizes), sorted(pieces)
 
 
 def take_step(engine: ZeroEngine, accumulation: int) -> None:
