@@ -36,6 +36,15 @@ class Targets:
             self, labels=self.labels.to(device, non_blocking=True), boxes=self.boxes.to(device, non_blocking=True)
         )
 
+    def pin_memory(self) -> Targets:
+        """In page-locked memory, from which a copy to a GPU does not hold up the process. Needs a GPU."""
+        return replace(self, labels=self.labels.pin_memory(), boxes=self.boxes.pin_memory())
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tell the allocator that work on `stream` reads these tensors. On a GPU only."""
+        self.labels.record_stream(stream)
+        self.boxes.record_stream(stream)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -60,6 +69,15 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         return replace(self, images=self.images.to(device, non_blocking=True), targets=self.targets.to(device))
+
+    def pin_memory(self) -> Batch:
+        """As `Targets.pin_memory`."""
+        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """As `Targets.record_stream`."""
+        self.images.record_stream(stream)
+        self.targets.record_stream(stream)
 
     def padding_mask(self) -> Tensor:
         """(B, H, W) bool on the images' device, True where a pixel is padding."""

@@ -6,7 +6,6 @@ Exit codes: 0 done, 2 user error, 3 data error, 4 interrupted but resumable, 1 a
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 import traceback
@@ -14,14 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from dino_scale.errors import DinoScaleError, UserError
+from dino_scale.errors import USERS_FILE_ERRORS, DinoScaleError, UserError
 from launch.bench_cli import add_benchmarks
 from launch.plan_cli import add_plan_options
 
 if TYPE_CHECKING:
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
 
-_THE_USERS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EDQUOT, errno.ENAMETOOLONG}
 _DEBUG = "DINO_SCALE_DEBUG"
 
 
@@ -35,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 4)
     except OSError as error:
-        if error.errno in _THE_USERS:
+        if error.errno in USERS_FILE_ERRORS:
             return _fail(f"{error.filename or 'a file'}: {(error.strerror or str(error)).lower()}", UserError.exit_code)
         return _report_bug()
     except Exception:
@@ -161,8 +159,13 @@ def _add_raw_data(parser: argparse.ArgumentParser, required: bool) -> None:
     add("--also-after", type=int, default=0, metavar="N", help="of B.json leave out the first N images")
     add("--skip-unreadable", action="store_true", help="leave out and count images that are missing or do not decode")
     add(
-        "--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
-        help="processes; the result does not depend on it; default: CPU cores, at most 8",
+        "--workers", type=int, metavar="N",
+        help="processes; the result does not depend on it; default: CPU cores, at most 8; with --address all of them",
+    )  # fmt: skip
+    add(
+        "--address", metavar="A",
+        help="work as Ray tasks: auto or host:port joins a cluster (all its machines must see the folders), local "
+        "starts Ray here; default: no Ray",
     )  # fmt: skip
 
 

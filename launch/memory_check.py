@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from data_pipeline.dataset import open_dataset
-from dino_scale.config.schema import ChainConfig, LaunchConfig
+from dino_scale.config.schema import ChainConfig, LaunchConfig, WorkerRange
 from dino_scale.errors import UserError
+from launch.elastic import worker_counts
 from launch.plan import largest_image, possible_microbatches
 from launch.plan_memory import memory
 from launch.plan_needs import Measured, StageNeeds
@@ -43,9 +44,9 @@ def room_here(workers_here: int) -> Room:
     return Room(share, "cpu", f"{_gigabytes(free)} of free memory for {workers_here} worker(s) on this machine")
 
 
-def check_memory(config: ChainConfig, workers: int) -> None:
+def check_memory(config: ChainConfig, workers: WorkerRange) -> None:
     """`require_memory` where it is known what the workers will find: not on the hosts of a cluster elsewhere."""
-    here = workers_here(config.launch, workers)
+    here = workers_here(config.launch, workers.max)
     if config.launch.check_memory and here is not None:
         require_memory(config, workers, room_here(here))
 
@@ -57,10 +58,11 @@ def workers_here(launch: LaunchConfig, workers: int) -> int | None:
     return workers if launch.engine == "local" or launch.address == "local" else None
 
 
-def require_memory(config: ChainConfig, workers: int, room: Room) -> None:
+def require_memory(config: ChainConfig, bounds: WorkerRange, room: Room) -> None:
     """UserError, naming stage, need, room and a remedy, for the first stage that does not fit into `room`."""
     measured: Measured = {}
     for name, stage in config.stages.items():
+        workers = worker_counts(stage.batch, bounds)[-1]  # the fewer share the state, the more each needs
         classes = len(open_dataset(stage.data.train, stage.data.cache, stage.data.cache_shards).categories)
         needs = StageNeeds(config, name, classes, workers, room.device, measured)
         if _surely_fits(needs, room):

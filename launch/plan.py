@@ -8,10 +8,11 @@ from pathlib import Path
 
 from data_pipeline.dataset import is_remote, open_dataset
 from data_pipeline.loader import microbatches_per_rank
-from dino_scale.config.schema import ChainConfig, StageConfig
+from dino_scale.config.schema import ChainConfig, StageConfig, WorkerRange
 from dino_scale.errors import ConfigError, DataError
 from dino_scale.training.optimizer import group_table, parameter_groups
 from dino_scale.training.schedule import total_steps
+from launch.elastic import worker_counts
 from launch.plan_memory import without_storage
 
 ASSUMED_CLASSES = 80  # where no data is there to count them
@@ -46,9 +47,9 @@ class StagePlan:
 
 def plan_stages(config: ChainConfig, images: Mapping[str, int] | None = None) -> list[StagePlan]:
     """images: of stages whose training data is not there yet. ConfigError where a batch does not divide."""
-    workers = 1 if config.launch.engine == "local" else config.launch.workers
+    bounds = WorkerRange(1, 1) if config.launch.engine == "local" else config.launch.worker_range()
     known = images or {}
-    return [_plan_stage(name, stage, workers, known.get(name)) for name, stage in config.stages.items()]
+    return [_plan_stage(name, stage, bounds, known.get(name)) for name, stage in config.stages.items()]
 
 
 def group_tables(config: ChainConfig, classes: int) -> dict[tuple[tuple[str, ...], ...], list[str]]:
@@ -74,8 +75,9 @@ def possible_microbatches(global_size: int, workers: int) -> list[int]:
     return [size for size in (1, 2, 4, 8) if share % size == 0]
 
 
-def _plan_stage(name: str, stage: StageConfig, workers: int, images: int | None) -> StagePlan:
+def _plan_stage(name: str, stage: StageConfig, bounds: WorkerRange, images: int | None) -> StagePlan:
     try:
+        workers = worker_counts(stage.batch, bounds)[0]
         accumulation = microbatches_per_rank(stage.batch, workers)
     except ConfigError as error:
         raise ConfigError(f"stages.{name}.{error}") from None

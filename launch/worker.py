@@ -32,9 +32,11 @@ from dino_scale.training.ema import WeightAverage
 from dino_scale.training.metrics import MetricsLog
 from dino_scale.training.objective import Objective
 from dino_scale.training.optimizer import aligned, group_table, parameter_groups
+from dino_scale.training.prefetch import on_device
 from dino_scale.training.schedule import total_steps
 from dino_scale.training.trainer import Progress, StageLength, Trainer
 from dino_scale.training.zero import ZeroEngine
+from launch.stage_checkpoints import StageCheckpoints
 
 WEIGHTS = "weights.safetensors"
 
@@ -65,6 +67,7 @@ def run_stage(job: StageJob, control: Control) -> StageResult:
     try:
         return run.execute()
     finally:
+        run.checkpoints.close()
         run.engine.destroy()
 
 
@@ -75,19 +78,29 @@ class _StageRun:
         self.job, self.control = job, control
         self.config: StageConfig = job.config.stages[job.stage]
         self.folder = Path(job.run_dir) / job.stage
-        self.checkpoints = self.folder / "checkpoints"
         data = self.config.data
-        self.index = open_dataset(data.train, data.cache, data.cache_shards)
-        self.validation = open_dataset(data.validation, data.cache, data.cache_shards) if data.validation else None
+        cache = (data.cache, data.cache_shards, data.cache_gigabytes)
+        self.index = open_dataset(data.train, *cache)
+        self.validation = open_dataset(data.validation, *cache) if data.validation else None
         self._require_same_classes()
         batch = self.config.batch
         self.accumulation = microbatches_per_rank(batch, distributed.world_size())
         steps = total_steps(self.config.schedule, len(self.index), batch.global_size)
         self.length = StageLength(len(self.index), steps, batch.global_size)
-        newest = distributed.on_rank_zero(lambda: store.find_newest(self.checkpoints, self._say))
+        root = self.folder / "checkpoints"
+        newest = distributed.on_rank_zero(lambda: store.find_newest(root, self._say))
         self.engine = self._build_engine(self._build_model(fresh=newest is None))
         self.average = WeightAverage(self.engine, self.config.ema_decay) if self.config.ema_decay > 0 else None
         self.progress = Progress() if newest is None else self._continue_from(*newest)
+        self.checkpoints = StageCheckpoints(
+            root,
+            self.engine,
+            self.config.checkpoint,
+            seed=self.job.config.seed,
+            index_digest=self.index.digest,
+            global_size=self.length.global_size,
+            say=self._say,
+        )
         self.metrics: dict[str, float] = {}
 
     def execute(self) -> StageResult:
@@ -100,14 +113,14 @@ class _StageRun:
             self.average,
             MetricsLog(self.folder / "metrics.jsonl", self.progress.step, enabled=distributed.rank() == 0),
             self.control,
-            save=self._save,
+            self.checkpoints,
             evaluate=self._evaluate,
         )
         start = self.progress.step
         if trainer.run(self._data(), self.progress):
             return StageResult(self.progress.step, interrupted=True)
         if self.progress.step > start:
-            self._save(self.progress)
+            self.checkpoints.save(self.progress, required=True)
         self._finish()
         return StageResult(self.progress.step, self.metrics)
 
@@ -165,10 +178,11 @@ class _StageRun:
         self._say(
             f"continues from {folder.name} (written by {manifest.world_size} workers, ZeRO {manifest.zero_stage})"
         )
-        return Progress(manifest.step, manifest.skipped_steps)
+        return Progress(manifest.step, manifest.skipped_steps, manifest.best)
 
     def _data(self) -> Iterator[list[Batch]]:
-        return training_microbatches(
+        device = distributed.device()
+        steps = training_microbatches(
             self.index,
             seed=self.job.config.seed,
             augmentation=self.config.augmentation,
@@ -181,7 +195,9 @@ class _StageRun:
             order=self.config.data.order,
             pad_multiple=self.config.data.pad_multiple,
             on_bad=self._note_bad,
+            pin=device.type == "cuda",
         )
+        return on_device(steps, device)
 
     def _note_bad(self, bad: BadSample) -> None:
         """One line in bad_samples.jsonl; every rank appends its own, a short append is not torn."""
@@ -189,16 +205,6 @@ class _StageRun:
         with open(self.folder / "bad_samples.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"rank": distributed.rank(), **asdict(bad)}) + "\n")
         self._say(f"image {bad.image_id} could not be read, image {bad.replaced_by} takes its place: {bad.reason}")
-
-    def _save(self, progress: Progress) -> None:
-        position = store.Position(
-            step=progress.step,
-            skipped_steps=progress.skipped,
-            samples_seen=progress.step * self.length.global_size,
-            seed=self.job.config.seed,
-            index_digest=self.index.digest,
-        )
-        store.save(self.checkpoints, self.engine, position, self.config.checkpoint.keep_last)
 
     def _state(self) -> dict[str, torch.Tensor]:
         kind = AVERAGE if self.average is not None else "fp32"
@@ -234,10 +240,12 @@ class _StageRun:
         if distributed.rank() == 0:
             write_evaluation(self.folder / "evaluation", progress.step, result, found)
             self.control.report(EvaluationEvent(self.job.stage, progress.step, self.metrics))
+        self.checkpoints.evaluated(progress, self.metrics)
 
     def _finish(self) -> None:
-        """The stage's result: its last evaluation and its weights file."""
+        """The stage's result: its last evaluation and its weights file, and a checkpoint that is on the disk."""
         self._evaluate(self.progress)
+        self.checkpoints.settle()
         state = self._state()
         if distributed.rank() == 0:
             data, evaluation = self.config.data, self.config.evaluation

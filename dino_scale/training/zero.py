@@ -310,7 +310,8 @@ def _deepspeed_config(stage: int, microbatch: int, accumulation: int, clip_norm:
     }
 
 
-def _initialise(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+def load_deepspeed() -> Any:
+    """The library, set up for training. The first call takes seconds, which a process may spend before it is needed."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
@@ -324,6 +325,11 @@ def _initialise(module: nn.Module, optimizer: torch.optim.Optimizer, config: dic
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Its shared-memory collectives serve inference only, and building them costs a C++ compile of 45 s at first use.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _initialise(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+    deepspeed = load_deepspeed()
     deepspeed.init_distributed(verbose=False)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     return engine

@@ -104,6 +104,27 @@ def test_annotation_file_that_is_no_json(raw) -> None:
     assert raw.leftovers() == []
 
 
+@pytest.mark.parametrize(
+    ("once", "twice"),
+    [
+        ('"bbox": [1, 2, 5, 4]', '"bbox": [1, 2, 5, 4], "bbox": [0, 0, 9, 9]'),
+        ('"file_name": "b.jpg"', '"file_name": "b.jpg", "file_name": "../../secret"'),
+        ('"name": "cat"', '"name": "cat", "name": "cat"'),
+        ('"iscrowd": 1', '"iscrowd": 1, "segmentation": {"counts": [], "counts": []}'),
+    ],
+)
+def test_a_key_twice_in_one_object(raw, once: str, twice: str) -> None:
+    """Two readers would see two different datasets in such a file."""
+    raw.write()
+    text = raw.annotations.read_text()
+    assert once in text
+    raw.annotations.write_text(text.replace(once, twice))
+    with pytest.raises(DataError, match=r"instances\.json: .* occurs twice within the element .*keep one") as caught:
+        raw.pack()
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 3
+    assert raw.leftovers() == []
+
+
 @pytest.mark.parametrize("format", ["coco", "objects365"])
 def test_a_tiny_file_that_claims_a_gigantic_image_is_not_decoded(raw, format: str) -> None:
     bomb = bytearray((raw.images / "b.jpg").read_bytes())

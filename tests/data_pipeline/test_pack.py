@@ -7,11 +7,13 @@ import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipeline.doctor import examine
 from data_pipeline.index import Index, ground_truth
 from data_pipeline.pack import pack
 from data_pipeline.reader import read_image
@@ -48,6 +50,23 @@ def test_shards_are_ordinary_tar_files_of_adjacent_pairs(scenes: Index) -> None:
             keys.append(text.name.removesuffix(".json"))
     assert keys == [scenes.key(sample) for sample in range(len(scenes))]
     assert len(scenes.shard_names) == 4 and len(set(keys)) == 61
+
+
+def test_repeated_boxes_of_coco_are_counted_and_kept(raw: Any) -> None:
+    first = raw.content["annotations"][0]
+    same = [{**first, "id": 40}, {**first, "id": 41, "area": 1}]
+    other = [
+        {**first, "id": 42, "iscrowd": 1},
+        {**first, "id": 43, "category_id": 3},
+        {**first, "id": 44, "image_id": 5},
+    ]
+    raw.content["annotations"] += same + other
+    raw.write()
+    found = examine(raw.annotations, [raw.images])
+    report = pack(raw.annotations, [raw.images], raw.out)
+    assert report.repairs == {"boxes_repeated_kept": 2} and report.boxes == found.boxes == 8
+    places = found.report["repairs"]["boxes_repeated_kept"]["first"]
+    assert [place.partition(":")[0] for place in places] == ["annotation 40", "annotation 41"]
 
 
 def test_plain_webdataset_reads_the_shards(scenes: Index) -> None:

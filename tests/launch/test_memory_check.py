@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from dino_scale.config.decode import load_chain
-from dino_scale.config.schema import BatchConfig, ChainConfig, LaunchConfig
+from dino_scale.config.schema import BatchConfig, ChainConfig, LaunchConfig, WorkerRange
 from dino_scale.errors import UserError
 from launch.cli import main
 from launch.commands.demo import CHAIN, with_data_in
 from launch.memory_check import Room, free_host_memory, require_memory, room_here, workers_here
+
+TWO = WorkerRange(2, 2)
 
 
 @pytest.fixture
@@ -25,26 +27,26 @@ def room(gigabytes: float, device: str = "cuda") -> Room:
 
 
 def test_what_fits_is_let_through(chain: ChainConfig) -> None:
-    require_memory(chain, 2, room(100))  # fits however much a pixel takes
-    require_memory(chain, 2, room(0.5))  # fits by measurement only
-    require_memory(chain, 2, room(2, "cpu"))
+    require_memory(chain, TWO, room(100))  # fits however much a pixel takes
+    require_memory(chain, TWO, room(0.5))  # fits by measurement only
+    require_memory(chain, TWO, room(2, "cpu"))
 
 
 def test_a_smaller_microbatch_is_the_remedy(chain: ChainConfig) -> None:
     with pytest.raises(UserError) as caught:
-        require_memory(chain, 2, room(0.3))
+        require_memory(chain, TWO, room(0.3))
     text = str(caught.value)
     assert "\n" not in text
     assert text.startswith("stages.pretrain needs about 0.")
     assert "(microbatch 8, images up to 160 x 160, ZeRO 1, 2 worker(s)), but there is 0.3 GB: " in text
     assert "it would fit with --set stages.pretrain.batch.microbatch=4, or skip this check with" in text
     smaller = {name: replace(stage, batch=BatchConfig(16, 4)) for name, stage in chain.stages.items()}
-    require_memory(replace(chain, stages=smaller), 2, room(0.3))  # the remedy is one
+    require_memory(replace(chain, stages=smaller), TWO, room(0.3))  # the remedy is one
 
 
 def test_nothing_helps(chain: ChainConfig) -> None:
     with pytest.raises(UserError, match=r"augmentation\.max_size and scales, or use workers with more memory"):
-        require_memory(chain, 2, room(0.01))
+        require_memory(chain, TWO, room(0.01))
 
 
 def test_train_refuses(chain: ChainConfig, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
