@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from dino_scale.errors import USERS_FILE_ERRORS, DinoScaleError, UserError
 from launch.bench_cli import add_benchmarks
+from launch.plan_cli import add_plan_options
 
 if TYPE_CHECKING:
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -174,9 +175,11 @@ def _plan(commands: Commands) -> None:
 
         run(options)
 
-    text = "what a chain will do: steps, batches, memory per worker, shards; no accelerator is touched"
-    parser = _command(commands, "plan", text, "dino-scale plan configs/chain/demo.yaml --set launch.workers=8", run)
+    text = "what a chain will do and need: steps, memory, traffic, time, cost; no accelerator is touched"
+    example = "dino-scale plan configs/chain/objects365_coco_swin_l.yaml --gpu-memory 80 --images-per-second 40"
+    parser = _command(commands, "plan", text, example, run)
     parser.add_argument("chain", type=Path, metavar="CHAIN.yaml")
+    add_plan_options(parser)
     _add_overrides(parser)
 
 

@@ -292,6 +292,7 @@ class LaunchConfig:
     retries: int = 5
     # ray only: workers without a sign of life for this long start again; so long a run waits for machines it lacks
     patience_minutes: float = 30.0  # (steps and images of an evaluation count as signs of life)
+    check_memory: bool = True  # refuse what cannot fit into this machine (hosts of a cluster elsewhere are not seen)
     notice_file: str = ""  # ray only: a machine on which this file appears is about to be taken away; empty: none
 
     def __post_init__(self) -> None:
