@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from dino_scale.config.schema import LaunchConfig
 from dino_scale.errors import DinoScaleError, UserError, WorkerLostError
 from launch.engine import Show
-from launch.guardian import Guardian
-from launch.ray_engine import RayEngine, _import_ray
+from launch.ray_session import RaySession, import_ray
+from launch.signals import undisturbed
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -33,27 +33,27 @@ class RayTasks:
     def __init__(self, address: str, workers: int | None, show: Show) -> None:
         if workers is not None and workers < 1:
             raise UserError(f"--workers is {workers}: expected 1 or more tasks at once")
-        self._engine = RayEngine(LaunchConfig(engine="ray", workers=workers or 1, address=address))
+        self._session = RaySession(LaunchConfig(engine="ray", workers=workers or 1, address=address))
         self._workers, self._show = workers, show
 
     def __enter__(self) -> RayTasks:
         try:
-            self._engine._connect(self._show)
-            if self._engine._session is not None:
-                self._engine._guardian = Guardian()  # a killed driver must leave no Ray behind
+            self._session.open(self._show)
+            self._session.guard()
         except BaseException:
-            self._engine.__exit__(None, None, None)
+            self._session.close()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._engine.__exit__(kind, error, trace)
+        with undisturbed():
+            self._session.close()
 
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         """As `Runner.map`; function: importable by its name on every machine."""
-        ray = _import_ray()
+        ray = import_ray()
         at_once = self._workers or _QUEUED * max(1, int(ray.cluster_resources().get("CPU", 1)))
         remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_call)
         waiting: deque[Any] = deque()
@@ -76,7 +76,7 @@ def _call(function: Callable[[Task], Result], task: Task) -> Result:
 
 def _result(run: Any) -> Any:
     """What a task returned. Raises what it raised where that is ours, WorkerLostError where it was lost too often."""
-    ray = _import_ray()
+    ray = import_ray()
     try:
         return ray.get(run)
     except ray.exceptions.RayTaskError as error:

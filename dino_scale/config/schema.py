@@ -213,8 +213,15 @@ class StartConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every_steps: int = 1000  # 0: only at the end and when interrupted
+    every_steps: int = 1000  # 0: not by steps; at the end and when interrupted a checkpoint is always written
+    every_minutes: float = 0.0  # since the last one began, by the clock of rank 0; 0: not by time
     keep_last: int = 3  # older ones are deleted
+    keep_best: bool = False  # also keep that of the evaluation with the highest AP, as best_XXXXXXXX
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 0, f"checkpoint.every_steps is {self.every_steps}: expected 0 (off) or more")
+        _require(self.every_minutes >= 0, f"checkpoint.every_minutes is {self.every_minutes}: expected 0 (off) or more")
+        _require(self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}: expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -243,23 +250,62 @@ class StageConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast; parameters, coordinates and losses stay fp32
+    # bf16: autocast; parameters, coordinates and losses stay fp32. bf16_parameters: parameters are bf16 too, beside
+    # fp32 masters that DeepSpeed splits; needs zero_stage 1 to 3
+    precision: Literal["fp32", "bf16", "bf16_parameters"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1  # DeepSpeed ZeRO
     ema_decay: float = 0.0  # exponential moving average of the weights per step; 0: off (official 0.9997 when on)
     log_every_steps: int = 10
     non_finite_limit: int = 10  # steps with a non-finite loss that may be skipped before the run stops
 
+    def __post_init__(self) -> None:
+        _require(
+            self.precision != "bf16_parameters" or self.zero_stage > 0,
+            "precision is bf16_parameters with zero_stage 0: expected zero_stage 1, 2 or 3 with it, or precision bf16 "
+            "(DeepSpeed's optimizer for this pair differs from the others and cannot be resumed under them)",
+        )
+
+
+@dataclass(frozen=True)
+class WorkerRange:
+    """As many workers as the machines at hand allow, within these bounds; more or fewer while the run goes on."""
+
+    min: int = 1
+    max: int = 1
+
+    def __post_init__(self) -> None:
+        _require(self.min >= 1, f"launch.workers.min is {self.min}: expected at least 1")
+        _require(
+            self.max >= self.min,
+            f"launch.workers.max is {self.max}: expected at least launch.workers.min ({self.min})",
+        )
+
 
 @dataclass(frozen=True)
 class LaunchConfig:
     engine: Literal["ray", "local", "torchrun"] = "ray"
-    workers: int = 1  # training processes, one per accelerator (ray only; local has 1, torchrun brings its own number)
+    # training processes, one per accelerator: N, or {min: A, max: B} to follow the machines that come and go
+    workers: int | WorkerRange = 1  # (ray only; local has 1, torchrun brings its own number)
     threads: int = 1  # CPU threads of each training process; 0: torch's own choice
     address: str = "local"  # ray only: "local" starts Ray on this machine, "auto" or host:port joins a cluster
+    # ray only: how often a stage starts again after lost workers or machines, counted anew after every checkpoint
+    retries: int = 5
+    # ray only: workers without a sign of life for this long start again; so long a run waits for machines it lacks
+    patience_minutes: float = 30.0  # (steps and images of an evaluation count as signs of life)
+    check_memory: bool = True  # refuse what cannot fit into this machine (hosts of a cluster elsewhere are not seen)
+    notice_file: str = ""  # ray only: a machine on which this file appears is about to be taken away; empty: none
 
     def __post_init__(self) -> None:
-        _require(self.workers >= 1, f"launch.workers is {self.workers}: expected at least 1")
+        if isinstance(self.workers, int):
+            _require(self.workers >= 1, f"launch.workers is {self.workers}: expected at least 1")
         _require(self.threads >= 0, f"launch.threads is {self.threads}: expected 0 (torch's choice) or more")
+        _require(self.retries >= 0, f"launch.retries is {self.retries}: expected 0 or more")
+        _require(self.patience_minutes > 0, f"launch.patience_minutes is {self.patience_minutes}: expected more than 0")
+
+    def worker_range(self) -> WorkerRange:
+        """Bounds on the number of workers; equal ones where the number is fixed."""
+        workers = self.workers
+        return WorkerRange(workers, workers) if isinstance(workers, int) else workers
 
 
 @dataclass(frozen=True)
