@@ -5,6 +5,8 @@ Shape letters: Lyr layers, B images, Q queries, C classes, T boxes of all images
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -16,6 +18,7 @@ from dino_scale.model.outputs import DenoisingOutputs, Outputs
 from dino_scale.structures import Targets
 from kernels.transfer import to_device
 
+Matcher = Callable[[Tensor, Tensor, Targets, LossConfig], Tensor]
 _PARTS = ("class", "box", "giou")
 
 
@@ -26,8 +29,9 @@ class Criterion:
     workers add up to the loss of the batch; denoising sums are divided by box_count * groups.
     """
 
-    def __init__(self, config: LossConfig) -> None:
-        self.config = config
+    def __init__(self, config: LossConfig, matcher: Matcher = match_layers) -> None:
+        """matcher: another one only to compare with; see `match_layers`."""
+        self.config, self.matcher = config, matcher
 
     def __call__(self, outputs: Outputs, targets: Targets, box_count: float | Tensor) -> dict[str, Tensor]:
         """ "total" (weighted, differentiable) and the unweighted parts "decoder0/class", ..., "denoising0/giou".
@@ -36,7 +40,7 @@ class Criterion:
         """
         logits, boxes = _with_encoder(outputs)
         image = _image_of_targets(targets, logits.device)
-        query = match_layers(logits, boxes, targets, self.config)
+        query = self.matcher(logits, boxes, targets, self.config)
         names = [f"decoder{layer}" for layer in range(len(outputs.logits))]
         if outputs.encoder_logits is not None:
             names.append("encoder")
