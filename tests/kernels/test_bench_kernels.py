@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import functools
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,3 +129,12 @@ def test_command_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.Captur
     if not torch.cuda.is_available():
         assert main(["bench", "kernels", "--device", "cuda", "--out", str(tmp_path / "new.csv")]) == 2
         assert "needs a CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, and the session would take minutes")
+def test_gpu_session_refuses_a_machine_without_one(tmp_path: Path) -> None:
+    script = Path(bench.__file__).with_name("gpu_session.sh")
+    command = ["sh", str(script), str(tmp_path / "results")]
+    result = subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True)
+    assert result.returncode == 2 and "torch sees no CUDA device" in result.stderr
+    assert not (tmp_path / "results").exists()
