@@ -101,6 +101,7 @@ class _StageRun:
             index_digest=self.index.digest,
             global_size=self.length.global_size,
             say=self._say,
+            present="" if newest is None else newest[0].name,
         )
         self.metrics: dict[str, float] = {}
 
