@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dino_scale.checkpoint.inspection import Inspection, inspect
+from dino_scale.checkpoint.manifest import Manifest
 from dino_scale.errors import CheckpointError, UserError
 
 _MEGABYTE = 1e6
@@ -56,7 +57,7 @@ def _show(folder: Path, found: Inspection) -> None:
     skipped = f" ({manifest.skipped_steps} skipped)" if manifest.skipped_steps else ""
     for row in (
         ("step", f"{manifest.step:,}{skipped}, {manifest.samples_seen:,} samples seen"),
-        ("written by", f"{manifest.world_size} worker(s), ZeRO {manifest.zero_stage}"),
+        ("written by", f"{manifest.world_size} worker(s), ZeRO {manifest.zero_stage}, {_precision(manifest)}"),
         ("kinds", ", ".join(manifest.kinds)),
         ("trained parameters", f"{found.elements:,} in {found.tensors} tensors"),
         ("size", f"{found.bytes / _MEGABYTE:,.1f} MB in {len(found.files)} files"),
@@ -64,6 +65,8 @@ def _show(folder: Path, found: Inspection) -> None:
     ):
         facts.add_row(*row)
     console.print(facts)
+    if manifest.groups:
+        console.print(_group_table(manifest))
     files = Table(title_justify="left")
     files.add_column("file")
     for heading in ("MB", "pieces"):
@@ -73,3 +76,17 @@ def _show(folder: Path, found: Inspection) -> None:
         size = f"{state.bytes / _MEGABYTE:,.2f}"
         files.add_row(state.name, size, str(state.pieces), state.problem or "as written")
     console.print(files)
+
+
+def _precision(manifest: Manifest) -> str:
+    return "bf16 parameters beside fp32 masters" if manifest.bf16_parameters else "fp32 parameters"
+
+
+def _group_table(manifest: Manifest) -> Table:
+    table = Table(title_justify="left")
+    table.add_column("parameter group")
+    for heading in ("learning rate", "weight decay", "tensors"):
+        table.add_column(heading, justify="right")
+    for name, group in manifest.groups.items():
+        table.add_row(name, f"{group.learning_rate:.3g}", f"{group.weight_decay:.3g}", str(group.tensors))
+    return table
