@@ -51,11 +51,11 @@ def _as_json(found: Inspection) -> dict[str, Any]:
 
 
 def _show(folder: Path, found: Inspection) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     manifest = found.manifest
-    facts = Table(title=str(folder), title_justify="left", show_header=False)
+    console.print(str(folder))
     skipped = f" ({manifest.skipped_steps} skipped)" if manifest.skipped_steps else ""
-    for row in (
+    for name, value in (
         ("step", f"{manifest.step:,}{skipped}, {manifest.samples_seen:,} samples seen"),
         ("written by", f"{manifest.world_size} worker(s), ZeRO {manifest.zero_stage}, {_precision(manifest)}"),
         ("kinds", ", ".join(manifest.kinds)),
@@ -63,8 +63,7 @@ def _show(folder: Path, found: Inspection) -> None:
         ("size", f"{found.bytes / _MEGABYTE:,.1f} MB in {len(found.files)} files"),
         ("libraries", ", ".join(f"{name} {version}" for name, version in manifest.libraries.items())),
     ):
-        facts.add_row(*row)
-    console.print(facts)
+        console.print(f"  {name:<20}{value}")
     if manifest.groups:
         console.print(_group_table(manifest))
     files = Table(title_justify="left")
