@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import tempfile
 import time
 from pathlib import Path
@@ -31,6 +32,7 @@ _SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`, which
 # /tmp, because the path of a socket in it must stay below 108 bytes
 _SESSIONS, _PREFIX, _OWNER, _DAY_SECONDS = "/tmp", "dino-scale-ray-", "driver_pid", 86400.0
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum is 75 MiB; only small messages pass through it
+_ANSWER_SECONDS = 10.0  # for the head of a cluster to accept a connection
 _PACKAGES = ("kernels", "dino_scale", "data_pipeline", "launch")
 
 
@@ -55,6 +57,8 @@ class RaySession:
         ray = import_ray()
         place = "starting Ray on this machine" if self.is_local else f"joining Ray at {self.launch.address}"
         show(MessageEvent(place))
+        if self.launch.address not in ("local", "auto"):
+            _require_open_port(self.launch.address)
         options: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": False}  # errors come as exceptions
         options |= self._local_options() if self.is_local else _shipped_code()
         try:
@@ -121,6 +125,17 @@ def _shipped_code() -> dict[str, Any]:
         return {}
     root = Path(__file__).parents[1]
     return {"runtime_env": {"py_modules": [str(root / name) for name in _PACKAGES]}}
+
+
+def _require_open_port(address: str) -> None:
+    """Ray itself would try for minutes before it says that nobody listens there."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"launch.address is '{address}': no Ray cluster answers there ({error}); expected local, auto or host:port"
+        ) from None
 
 
 def _new_folder() -> Path:

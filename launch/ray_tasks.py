@@ -15,6 +15,7 @@ from dino_scale.config.schema import LaunchConfig
 from dino_scale.errors import DinoScaleError, UserError, WorkerLostError
 from launch.engine import Show
 from launch.ray_session import RaySession, import_ray
+from launch.signals import undisturbed
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -47,7 +48,8 @@ class RayTasks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._session.close()
+        with undisturbed():
+            self._session.close()
 
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         """As `Runner.map`; function: importable by its name on every machine."""

@@ -24,6 +24,7 @@ from dino_scale.evaluation.detector import detect_all, evaluate_over_ranks, gath
 from dino_scale.evaluation.result import EvaluationResult
 from dino_scale.loss.criterion import Criterion
 from dino_scale.model.dino import Dino, build_model
+from dino_scale.precision import BF16_PARAMETERS
 from dino_scale.structures import Batch
 from dino_scale.training import distributed
 from dino_scale.training.control import Control, EvaluationEvent, MessageEvent
@@ -88,7 +89,7 @@ class _StageRun:
         steps = total_steps(self.config.schedule, len(self.index), batch.global_size)
         self.length = StageLength(len(self.index), steps, batch.global_size)
         root = self.folder / "checkpoints"
-        newest = distributed.on_rank_zero(lambda: store.find_newest(root, self._say))
+        newest = store.find_newest_together(root, self._say)
         self.engine = self._build_engine(self._build_model(fresh=newest is None))
         self.average = WeightAverage(self.engine, self.config.ema_decay) if self.config.ema_decay > 0 else None
         self.progress = Progress() if newest is None else self._continue_from(*newest)
@@ -166,6 +167,7 @@ class _StageRun:
             clip_norm=optimizer.clip_norm,
             betas=optimizer.betas,
             epsilon=optimizer.epsilon,
+            bf16_parameters=self.config.precision == BF16_PARAMETERS,
         )
 
     def _continue_from(self, folder: Path, manifest: store.Manifest) -> Progress:

@@ -90,8 +90,8 @@ class Trainer:
         self.checkpoints, self.evaluate = checkpoints, evaluate
         self.device = distributed.device()
         self.watch = Stopwatch()
-        self.own_time = OwnTime(self.device)
         self.last_save = time.monotonic()
+        self.own_time = OwnTime(self.device)
         self.timed_steps = 0
         self.agreed_steps = 0  # since this process began, like `replaced`
         self.replaced = 0  # images that stood in for unreadable ones, on all ranks
