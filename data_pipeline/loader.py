@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.collate import Sample, collate
 from data_pipeline.index import Index
-from data_pipeline.order import Draws, SampleStream, Stream
+from data_pipeline.order import Draws, SampleStream, Stream, WindowedStream
 from data_pipeline.reader import Reader
 from data_pipeline.replacement import BadSample, find_replacement
 from data_pipeline.size_order import SizePlannedStream
@@ -112,10 +112,23 @@ def evaluation_batches(
 def sample_stream(
     index: Index, seed: int, augmentation: AugmentationConfig, batch: BatchConfig, order: StreamMode
 ) -> Stream:
-    """The stream of a training run. `size_planned` depends on the microbatch and the augmentation too."""
+    """The stream of a training run. `windowed` depends on the shards too, `size_planned` on the microbatch and the
+    augmentation."""
     if order == "size_planned":
         return SizePlannedStream(len(index), seed, batch.microbatch, _PlannedSize(index, seed, augmentation))
-    return SampleStream(len(index), seed, order)
+    if order == "windowed":
+        return WindowedStream(len(index), seed, _Shards(index))
+    return SampleStream(len(index), seed)
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """The shard of every sample; travels between processes as the index does."""
+
+    index: Index
+
+    def __call__(self) -> np.ndarray:
+        return self.index.columns["shards"]
 
 
 @dataclass(frozen=True)

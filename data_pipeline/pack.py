@@ -23,7 +23,7 @@ from data_pipeline.annotations import AnnotationFormat, Annotations
 from data_pipeline.index import BOX_COLUMNS, SAMPLE_COLUMNS
 from data_pipeline.manifest import REPORT, Manifest, describe_file
 from data_pipeline.packing_plan import Plan, Progress, Selection, Source, report_of
-from data_pipeline.shard_writer import RECEIPTS, Receipt, Verify, write_shard
+from data_pipeline.shard_writer import ATTEMPT, RECEIPTS, Receipt, Verify, write_shard
 from data_pipeline.tasks import LocalProcesses, Runner
 from dino_scale.errors import DataError, UserError
 
@@ -91,6 +91,8 @@ def _partial_folder(out: Path, restart: bool) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{out}: is being packed by another process: wait for it or give another --out") from None
+        for leftover in partial.glob(f"shard-*{ATTEMPT}*"):  # half a shard of a call that was killed
+            leftover.unlink()
         if restart:
             _clear(partial)
         (partial / RECEIPTS).mkdir(exist_ok=True)

@@ -51,15 +51,15 @@ class ShardCache:
         """A descriptor of the shard on this node, copied first where it is not here. Raises DataError, OSError."""
         path = self.folder / entry.name
         with contextlib.suppress(FileNotFoundError):
-            return _open_and_stamp(path)
+            return _open_and_stamp(path, entry.size)
         with locked(_lock_of(path)):
             with contextlib.suppress(FileNotFoundError):
-                return _open_and_stamp(path)  # another process was faster
+                return _open_and_stamp(path, entry.size)  # another process was faster
             partial = self._reserve(path, entry.size)
             download(remote, entry, partial)
             with locked(self._lock):
                 os.replace(partial, path)
-                return _open_and_stamp(path)
+                return _open_and_stamp(path, entry.size)
 
     @property
     def _lock(self) -> Path:
@@ -114,6 +114,8 @@ def download(remote: RemoteFolder, entry: FileEntry, partial: Path) -> None:
                 digest.update(piece)
                 file.write(piece)
             file.truncate()
+            file.flush()
+            os.fsync(file.fileno())  # a crash of the machine must not leave a whole name on half a file
         if digest.hexdigest() != entry.sha256:
             raise DataError(
                 f"{remote.url}/{entry.name}: its SHA-256 is not the manifest's: copy or pack the dataset anew"
@@ -145,9 +147,13 @@ def _held(lock: Path) -> bool:
     return False
 
 
-def _open_and_stamp(path: Path) -> int:
-    """A descriptor of a file, whose time of change now says when it was last used."""
+def _open_and_stamp(path: Path, size: int) -> int:
+    """A descriptor of a file, whose time of change now says when it was last used. One of another size, torn or cut by
+    whatever happened to the disk, is as good as none: FileNotFoundError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if os.fstat(descriptor).st_size != size:
+        os.close(descriptor)
+        raise FileNotFoundError(path)
     with contextlib.suppress(PermissionError):  # another user's copy; then that user's processes keep its time
         now = time.time_ns()  # finer than what the system would put there itself
         os.utime(descriptor, ns=(now, now))

@@ -26,6 +26,7 @@ import webdataset
 
 Verify = Literal["decode", "header"]
 RECEIPTS = "receipts"
+ATTEMPT = ".partial-"  # between the name of a shard and that of an attempt to write it
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ def write_shard(task: ShardTask) -> Receipt:
     if finished is not None:
         return finished
     name = shard_name(task.number)
-    # Named after this attempt: on a cluster a machine that was given up may still be at it. Packing removes leftovers.
-    partial = folder / f"{name}.partial-{uuid.uuid4().hex[:12]}"
+    # Every attempt has a file of its own: on a cluster a machine that was given up may still be at work.
+    partial = folder / f"{name}{ATTEMPT}{uuid.uuid4().hex[:12]}"
     repairs = Repairs()
     rows, checksums = [], []
     with (

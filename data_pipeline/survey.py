@@ -18,6 +18,7 @@ from dino_scale.errors import DataError
 
 HEADER_BYTES = 1 << 16  # enough for nearly every header; the whole file is read where it is not
 _CHUNK = 512  # images whose headers are read as one task
+_SORTED_TOGETHER = 1 << 16  # images whose boxes are compared at once
 _COLUMNS = ("root", "depth", "width", "height", "plain", "size", "modified")
 
 
@@ -223,10 +224,15 @@ def _with_repetitions_told(annotations: Annotations, repairs: Repairs) -> Annota
 def _repeated(annotations: Annotations) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """(T,) place of each box's image, and (T,) whether an earlier box has the same image, class, coordinates, flags."""
     image = np.repeat(np.arange(len(annotations)), np.diff(annotations.box_offsets))
-    keys = np.column_stack([image, annotations.labels, annotations.flags, annotations.boxes])
-    order = np.lexsort(keys.T[::-1])  # stable: of equal rows the first of the file comes first
-    repeated = np.zeros(len(keys), dtype=bool)
-    repeated[order[1:]] = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
+    repeated = np.zeros(len(image), dtype=bool)
+    for first in range(0, len(annotations), _SORTED_TOGETHER):  # all at once would take gigabytes
+        last = min(first + _SORTED_TOGETHER, len(annotations))
+        rows = slice(int(annotations.box_offsets[first]), int(annotations.box_offsets[last]))
+        keys = np.column_stack(
+            [image[rows], annotations.labels[rows], annotations.flags[rows], annotations.boxes[rows]]
+        )  # fmt: skip
+        order = np.lexsort(keys.T[::-1])  # stable: of equal rows the first of the file comes first
+        repeated[rows][order[1:]] = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
     return image, repeated
 
 

@@ -16,6 +16,7 @@ def add_benchmarks(parser: argparse.ArgumentParser, add: AddCommand) -> None:
     _kernels(what, add)
     _loader(what, add)
     _ladder(what, add)
+    _checkpoint(what, add)
 
 
 def _kernels(what: Any, add: AddCommand) -> None:
@@ -59,3 +60,18 @@ def _ladder(what: Any, add: AddCommand) -> None:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="1 (default): this process; more: Ray")
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="new file; default R/ladder.csv")
     parser.add_argument("--run-dir", type=Path, metavar="R", help="new folder; default runs/ladder-DATE-TIME")
+
+
+def _checkpoint(what: Any, add: AddCommand) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.bench_checkpoint import run
+
+        run(options)
+
+    text = "how long a save stops training, beside torch.save; saving and loading beside the bare disk"
+    parser = add(what, "checkpoint", text, "dino-scale bench checkpoint --out checkpoint.csv", run)
+    sizes = ("r50", "swin_l", "small")
+    parser.add_argument("--models", nargs="+", choices=sizes, default=["r50", "swin_l"], help="default: r50 swin_l")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
+    parser.add_argument("--turns", type=int, default=3, metavar="N", help="the least of N times counts; default 3")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="new file; its disk is measured")

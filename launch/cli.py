@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (_demo, _pack, _doctor, _plan, _train, _resume, _evaluate, _predict, _report):
         add(commands)
-    for add in (_import_official, _export, _bench):
+    for add in (_import_official, _export, _reshard, _inspect, _bench):
         add(commands)
     return parser
 
@@ -288,6 +288,36 @@ def _export(commands: Commands) -> None:
     parser.add_argument("--weights", type=Path, required=True, metavar="W")
     parser.add_argument("--format", choices=("official", "safetensors"), required=True)
     parser.add_argument("--out", type=Path, required=True, metavar="X", help="new file")
+
+
+def _reshard(commands: Commands) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.reshard import run
+
+        run(options)
+
+    text = "a checkpoint in another number of files, in little memory; training reads any number of files as it is"
+    example = "dino-scale reshard runs/first/pretrain/checkpoints/step_00001000 --out archive --parts 4"
+    parser = _command(commands, "reshard", text, example, run)
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="folder step_XXXXXXXX of a run")
+    parser.add_argument("--out", type=Path, required=True, metavar="CKPT2", help="new folder")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--parts", type=int, metavar="N", help="number of shard files")
+    size.add_argument("--megabytes", type=float, metavar="MB", help="largest size of the tensors of a shard file")
+
+
+def _inspect(commands: Commands) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.inspect import run
+
+        run(options)
+
+    text = "what a checkpoint holds; exit code 3 where a file is damaged"
+    example = "dino-scale inspect runs/first/pretrain/checkpoints/step_00001000 --verify"
+    parser = _command(commands, "inspect", text, example, run)
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="folder step_XXXXXXXX of a run")
+    parser.add_argument("--verify", action="store_true", help="read every file and compare its digest")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _bench(commands: Commands) -> None:

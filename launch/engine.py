@@ -44,7 +44,7 @@ class StageControl:
     def report(self, event: Event) -> None:
         self._show(event)
 
-    def beat(self, step: int, own_seconds: float) -> None:
+    def beat(self, step: int, own_seconds: float | None = None) -> None:
         """Nobody waits for a sign of life: the driver is this process."""
 
     def stop_requested(self) -> bool:

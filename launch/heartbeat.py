@@ -11,6 +11,7 @@ from dino_scale.training.control import Event
 _SLOW = 1.5  # a worker is slow when its own work takes this many times the median of the others
 _NOTICEABLE_SECONDS = 0.05  # per step; a smaller lag is noise
 _SILENT_SECONDS = 15.0  # a worker that has answered nothing for this long is worth a line
+_STALLED_SECONDS = 20.0  # without a step of anybody
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Heartbeats:
         self._heard = [now] * len(names)
         self._slow: set[int] = set()
         self._silent: set[int] = set()
+        self._stalled = False
 
     def note(self, rank: int, pulse: Pulse, now: float) -> None:
         self._pulses[rank] = pulse
@@ -66,7 +68,7 @@ class Heartbeats:
 
     def remarks(self, now: float) -> list[str]:
         """New lines about slow and silent workers; each is said once until the worker has recovered."""
-        return [*self._slow_remarks(), *self._silent_remarks(now)]
+        return [*self._slow_remarks(), *self._silent_remarks(now), *self._stall_remarks(now)]
 
     def _slow_remarks(self) -> list[str]:
         own = {rank: pulse.own_seconds for rank, pulse in self._pulses.items() if pulse.own_seconds is not None}
@@ -96,6 +98,16 @@ class Heartbeats:
                 self._silent.add(rank)
                 lines.append(f"{name} has not answered for {seconds:.0f} s ({self._last_step(rank)})")
         return lines
+
+    def _stall_remarks(self, now: float) -> list[str]:
+        """All workers answer, but none does a step: they wait for data, for one another, or for a compiler."""
+        seconds = min(self.idle(rank, now) for rank in range(len(self.names)))
+        if len(self._pulses) < len(self.names) or seconds < _STALLED_SECONDS:
+            self._stalled = False
+        elif not self._stalled:
+            self._stalled = True
+            return [f"no worker has done a step for {seconds:.0f} s ({self._last_step(0)})"]
+        return []
 
     def _last_step(self, rank: int) -> str:
         pulse = self._pulses.get(rank)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from dino_scale.checkpoint.store import list_checkpoints
 from dino_scale.config.schema import LaunchConfig
+from dino_scale.errors import DinoScaleError
 from dino_scale.training.control import MessageEvent
 from launch.elastic import Retries, largest_fitting, worker_counts
 from launch.engine import Show
@@ -72,11 +73,14 @@ class RayEngine:
             except Lost as loss:
                 self._session.keep_logs = True
                 self._end_generation()
-                self._pause(tries.pause_after(str(loss), _newest(job)), str(loss), stop, show)
+                seconds = tries.pause_after(f"{loss}; Ray's logs: {self._session.logs()}", _newest(job))
+                self._pause(seconds, str(loss), stop, show)
                 continue
-            except BaseException:
+            except BaseException as error:
+                self._session.keep_logs = not isinstance(error, DinoScaleError | KeyboardInterrupt)
                 self._end_generation()  # the others may wait in a collective for ever
                 raise
+            self._session.keep_logs = False
             if result is not None:
                 return result
 
@@ -100,13 +104,14 @@ class RayEngine:
         return None
 
     def _place_workers(self, counts: list[int], stop: StopRequest, show: Show) -> bool:
-        """False when a stop was requested before there was room."""
+        """False when a stop was requested before all had started."""
         placement = Placement(self.launch, self._machines, lambda: stop.requested, show)
         released, self._released = self._released, Counter()
         self._group = placement.reserve(counts, released)
-        if self._group is None:
+        team = placement.start(self._group) if self._group is not None else None
+        if team is None:
             return False
-        self._team = placement.start(self._group)
+        self._team = team
         self._session.guard()
         machines = len({worker.machine.node for worker in self._team})
         needs = described(self._machines.needs)
@@ -143,7 +148,8 @@ class RayEngine:
         if not self._session.is_open:
             return
         ray = import_ray()
-        self._released = Counter(worker.machine.node for worker in self._team)
+        if self._team:
+            self._released = Counter(worker.machine.node for worker in self._team)
         for worker in self._team:
             ray.kill(worker.actor)
         if self._group is not None:

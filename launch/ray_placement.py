@@ -20,6 +20,7 @@ from launch.worker_process import Place, WorkerProcess
 
 _LOOK_SECONDS = 0.5
 _RELEASE_SECONDS = 20.0  # until the processes of an ended generation have let go of what they held
+_ASK_SECONDS = 10.0  # for machines that are not there, before the cluster is looked at anew
 _START_SECONDS = 180.0
 _LEASE_SECONDS = 60.0
 
@@ -61,14 +62,14 @@ class Placement:
             usable, avoid = self._machines.usable()
             room = self._machines.room(usable, own)
             count = largest_fitting(counts, room)
+            if count is None and not told:
+                self._refuse_or_tell(counts, room)
+                told = True
             group = self._machines.reserve(count or counts[-1], avoid)
-            if group.wait(_RELEASE_SECONDS if count else _LOOK_SECONDS):
+            if self._is_placed(group, _RELEASE_SECONDS if count else _ASK_SECONDS):
                 return group
             import_ray().util.remove_placement_group(group)
             own = Counter()  # whatever has not become free by now is somebody else's
-            if not told:
-                self._refuse_or_tell(counts, room)
-                told = True
             if time.monotonic() > deadline:
                 raise WorkerLostError(
                     f"there was no room for {self._wanted(counts)} for {self._launch.patience_minutes:g} min "
@@ -76,13 +77,23 @@ class Placement:
                 )
         return None
 
-    def start(self, group: Any) -> list[Worker]:
-        """Workers in rank order on a reserved group. Raises Lost."""
+    def _is_placed(self, group: Any, seconds: float) -> bool:
+        """Whether the group gets its resources in that time, and nobody asks to stop meanwhile."""
+        deadline = time.monotonic() + seconds
+        while not group.wait(_LOOK_SECONDS):
+            if self._stopped() or time.monotonic() > deadline:
+                return False
+        return True
+
+    def start(self, group: Any) -> list[Worker] | None:
+        """Workers in rank order on a reserved group; None when stopped meanwhile. Raises Lost."""
         ray = import_ray()
         homes = self._homes(group)
         order = sorted(homes, key=lambda bundle: (homes[bundle].address, homes[bundle].node, bundle))
         actors = [self._start_actor(group, bundle, homes[bundle].address) for bundle in order]
         started = self._answers([actor.prepare.remote() for actor in actors])
+        if started is None:
+            return None
         nodes = [homes[bundle].node for bundle in order]
         address = homes[order[0]].address
         try:
@@ -127,8 +138,8 @@ class Placement:
         )(WorkerProcess)
         return actor.remote(address, launch.notice_file, 0.0 if launch.address == "local" else _LEASE_SECONDS)
 
-    def _answers(self, calls: list[Any]) -> list[Any]:
-        """What `calls` return. Lost when one fails, or all together take too long."""
+    def _answers(self, calls: list[Any]) -> list[Any] | None:
+        """What `calls` return; None when stopped. Lost when one fails, or all together take too long."""
         ray = import_ray()
         deadline, pending = time.monotonic() + _START_SECONDS, list(calls)
         while pending:
@@ -138,7 +149,7 @@ class Placement:
             except ray.exceptions.RayError as error:
                 raise Lost(f"a worker could not be started ({in_a_line(error)})") from None
             if self._stopped():
-                raise Lost("a stop was requested while the workers started")
+                return None
             if pending and time.monotonic() > deadline:
                 raise Lost(f"{len(pending)} of {len(calls)} worker(s) did not start within {_START_SECONDS:.0f} s")
         return list(ray.get(calls))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,10 +21,11 @@ from launch.signals import StopRequest
 from launch.worker import StageJob, StageResult
 
 _POLL_SECONDS = 0.2
+_PULSE_SHARE = 0.005  # seconds per worker and question: 512 workers are asked every 2.6 s
 _WISH_SECONDS = 1.0  # between two looks at the cluster
 _UNANSWERED_SECONDS = 3.0  # a pulse that takes longer raises the question whether the machine can be reached at all
 _FAILED_PROBES = 2  # in a row, until a machine counts as lost
-_LAST_EVENTS_SECONDS = 5.0
+_LAST_EVENTS_SECONDS, _LAST_EVENTS_OF_LOST_SECONDS = 10.0, 1.0
 _TELL_SECONDS = 5.0  # for a machine to tell how many processes it has killed for memory
 
 
@@ -39,6 +41,7 @@ class Watch:
         ]
         self._hearts = Heartbeats([worker.name for worker in workers], time.monotonic())
         self._pulses: dict[int, tuple[Any, float]] = {}  # rank -> (answer under way, asked when)
+        self._pulse_seconds = len(workers) * _PULSE_SHARE  # between two questions to one worker
         self._unreachable: dict[str, int] = {}  # node -> probes in a row that failed
         self._stopping = False
         self._next_wish = time.monotonic()
@@ -51,7 +54,7 @@ class Watch:
         they may go without a step.
         """
         ray = import_ray()
-        pending = list(self._runs)
+        pending, last_words = list(self._runs), _LAST_EVENTS_SECONDS
         try:
             while pending:
                 done, pending = ray.wait(pending, num_returns=len(pending), timeout=_POLL_SECONDS)
@@ -60,8 +63,11 @@ class Watch:
                 self._take_pulses()
                 self._require_life(patience)
                 self._pass_on_requests(stop, wish)
+        except Lost:
+            last_words = _LAST_EVENTS_OF_LOST_SECONDS
+            raise
         finally:
-            self._take_last_events()
+            self._take_last_events(last_words)
         result: StageResult = ray.get(self._runs[0])
         return result
 
@@ -71,10 +77,11 @@ class Watch:
         """Note the answers that have come, and ask those workers again."""
         now = time.monotonic()
         for rank, worker in enumerate(self._workers):
-            call, _ = self._pulses.get(rank, (None, now))
-            if call is not None and not self._note_answer(rank, call):
-                continue
-            self._pulses[rank] = (worker.actor.pulse.remote(), now)
+            call, asked = self._pulses.get(rank, (None, -math.inf))
+            if call is not None and self._note_answer(rank, call):
+                self._pulses[rank] = (call := None, asked)
+            if call is None and now - asked >= self._pulse_seconds:
+                self._pulses[rank] = (worker.actor.pulse.remote(), now)
         for line in self._hearts.remarks(now):
             self._show(MessageEvent(line))
 
@@ -94,12 +101,12 @@ class Watch:
             self._machines.give_notice(self._workers[rank].machine.node)
         return True
 
-    def _take_last_events(self) -> None:
+    def _take_last_events(self, seconds: float) -> None:
         """Of rank 0: what is under way first, then the rest."""
         call, _ = self._pulses.pop(0, (None, 0.0))
-        if call is not None and not self._note_answer(0, call, _LAST_EVENTS_SECONDS):
+        if call is not None and not self._note_answer(0, call, seconds):
             return
-        self._note_answer(0, self._workers[0].actor.pulse.remote(), _LAST_EVENTS_SECONDS)
+        self._note_answer(0, self._workers[0].actor.pulse.remote(), seconds)
 
     def _require_life(self, patience: float) -> None:
         now = time.monotonic()
@@ -108,8 +115,8 @@ class Watch:
             raise Lost(hung)
         late = {
             self._workers[rank].machine.node: self._workers[rank]
-            for rank, (_, asked) in self._pulses.items()
-            if now - asked > _UNANSWERED_SECONDS
+            for rank, (call, asked) in self._pulses.items()
+            if call is not None and now - asked > _UNANSWERED_SECONDS
         }
         for node, worker in late.items():
             failed = 0 if worker.machine.answers() else self._unreachable.get(node, 0) + 1

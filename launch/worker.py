@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from dino_scale.evaluation.detector import detect_all, evaluate_over_ranks, gath
 from dino_scale.evaluation.result import EvaluationResult
 from dino_scale.loss.criterion import Criterion
 from dino_scale.model.dino import Dino, build_model
+from dino_scale.precision import BF16_PARAMETERS
 from dino_scale.structures import Batch
 from dino_scale.training import distributed
 from dino_scale.training.control import Control, EvaluationEvent, MessageEvent
@@ -88,7 +89,7 @@ class _StageRun:
         steps = total_steps(self.config.schedule, len(self.index), batch.global_size)
         self.length = StageLength(len(self.index), steps, batch.global_size)
         root = self.folder / "checkpoints"
-        newest = distributed.on_rank_zero(lambda: store.find_newest(root, self._say))
+        newest = store.find_newest_together(root, self._say)
         self.engine = self._build_engine(self._build_model(fresh=newest is None))
         self.average = WeightAverage(self.engine, self.config.ema_decay) if self.config.ema_decay > 0 else None
         self.progress = Progress() if newest is None else self._continue_from(*newest)
@@ -166,6 +167,7 @@ class _StageRun:
             clip_norm=optimizer.clip_norm,
             betas=optimizer.betas,
             epsilon=optimizer.epsilon,
+            bf16_parameters=self.config.precision == BF16_PARAMETERS,
         )
 
     def _continue_from(self, folder: Path, manifest: store.Manifest) -> Progress:
@@ -227,7 +229,7 @@ class _StageRun:
         )
         own = detect_all(
             model.to(distributed.device()),
-            batches,
+            self._with_beats(batches),
             self.index.categories,
             mean=data.mean,
             std=data.std,
@@ -241,6 +243,11 @@ class _StageRun:
             write_evaluation(self.folder / "evaluation", progress.step, result, found)
             self.control.report(EvaluationEvent(self.job.stage, progress.step, self.metrics))
         self.checkpoints.evaluated(progress, self.metrics)
+
+    def _with_beats(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.control.beat(self.progress.step)
+            yield batch
 
     def _finish(self) -> None:
         """The stage's result: its last evaluation and its weights file, and a checkpoint that is on the disk."""

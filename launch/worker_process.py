@@ -119,9 +119,10 @@ class WorkerProcess:
     def report(self, event: Event) -> None:
         self._events.put(event)
 
-    def beat(self, step: int, own_seconds: float) -> None:
+    def beat(self, step: int, own_seconds: float | None = None) -> None:
         self._step, self._advanced = step, time.monotonic()
-        self._own.append(own_seconds)
+        if own_seconds is not None:
+            self._own.append(own_seconds)
 
     def stop_requested(self) -> bool:
         return self._stop.is_set()

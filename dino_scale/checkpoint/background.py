@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dino_scale.checkpoint import layout
 from dino_scale.checkpoint.manifest import FILE_NAME, FileEntry, Manifest, Piece
-from dino_scale.checkpoint.tensor_file import write_tensors
+from dino_scale.checkpoint.tensor_writer import write_tensors
 
 _POLL_SECONDS = 0.05
 VISIBLE_SECONDS = 60.0  # NFS shows a new file of another machine within this time
@@ -77,6 +77,9 @@ class BackgroundWrite:
     def cancel(self) -> None:
         """Do not commit."""
         self._cancelled.set()
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
 
     def join(self, timeout: float | None = None) -> None:
         self._thread.join(timeout)

@@ -1,7 +1,6 @@
 """Saving while training goes on: a copy at the step boundary, then a thread that writes (`background.py`).
 
-All public methods but `failed` and `close` are collective: every rank calls them in the same order, from the thread
-that trains.
+`save` and `settle` are collective: every rank calls them in the same order, from the thread that trains.
 """
 
 from __future__ import annotations
@@ -69,6 +68,15 @@ class Saver:
                 None if best else self._keep_last,
             )
         )
+
+    @property
+    def bytes(self) -> int:
+        """Memory of this rank's copy."""
+        return self._snapshot.bytes
+
+    def writing(self) -> bool:
+        """Whether this rank is at work on a save. Not collective."""
+        return self._write is not None and self._write.is_alive()
 
     def failed(self) -> bool:
         """Whether this rank's part of the save in progress has failed; then all ranks should `settle`."""

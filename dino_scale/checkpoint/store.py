@@ -9,20 +9,33 @@ Written by `saver.py`; here is what reads. Nothing reads a pickle.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dino_scale.checkpoint.layout import list_candidates, list_checkpoints
-from dino_scale.checkpoint.manifest import COMMON, Best, Manifest, Piece, Position, tensor_key, verify
+from dino_scale.checkpoint.manifest import COMMON, Best, Manifest, Position, verify
+from dino_scale.checkpoint.ranges import ParameterReader
 from dino_scale.checkpoint.saver import Saver
+from dino_scale.checkpoint.verification import verify_together
 from dino_scale.errors import CheckpointError
+from dino_scale.training import distributed
 from dino_scale.training.zero import Fragment, ZeroEngine
 
-__all__ = ["COMMON", "Best", "Manifest", "Position", "find_newest", "list_checkpoints", "load", "save"]
+__all__ = [
+    "COMMON",
+    "Best",
+    "Manifest",
+    "Position",
+    "find_newest",
+    "find_newest_together",
+    "list_checkpoints",
+    "load",
+    "save",
+]
 
 
 def save(root: Path, engine: ZeroEngine, position: Position, keep_last: int) -> Path:
@@ -39,10 +52,21 @@ def find_newest(root: Path, say: Callable[[str], None]) -> tuple[Path, Manifest]
     A damaged one is skipped, with a message to `say` that names it and the one used instead. CheckpointError when every
     checkpoint is damaged: starting anew would throw work away without asking.
     """
+    return _newest(root, list_candidates(root), verify, say)
+
+
+def find_newest_together(root: Path, say: Callable[[str], None]) -> tuple[Path, Manifest] | None:
+    """`find_newest` on every rank at once, with the same result or error on all; each reads a share of the files."""
+    return _newest(root, distributed.on_rank_zero(lambda: list_candidates(root)), verify_together, say)
+
+
+def _newest(
+    root: Path, folders: Sequence[Path], check: Callable[[Path], Manifest], say: Callable[[str], None]
+) -> tuple[Path, Manifest] | None:
     problems: list[CheckpointError] = []
-    for folder in reversed(list_candidates(root)):
+    for folder in reversed(folders):
         try:
-            manifest = verify(folder)
+            manifest = check(folder)
         except CheckpointError as error:
             problems.append(error)
             continue
@@ -61,9 +85,9 @@ def load(folder: Path, manifest: Manifest, engine: ZeroEngine) -> None:
     """
     _require_same_parameters(folder, manifest, engine)
     try:
-        with _Files(folder) as files:
+        with ParameterReader(folder, manifest) as reader:
             for fragment in engine.fragments:
-                _fill(fragment, manifest, files)
+                _fill(fragment, reader)
         untrained = load_file(folder / COMMON)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder}: was changed or removed after it was verified ({error})") from None
@@ -93,42 +117,13 @@ def _require_same_parameters(folder: Path, manifest: Manifest, engine: ZeroEngin
         )
 
 
-class _Files:
-    """Opens the shards of a checkpoint as they are asked for, and closes them together."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._open: dict[str, safe_open] = {}
-
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.clear()
-
-    def read(self, piece: Piece, key: str, begin: int, end: int) -> torch.Tensor:
-        """Elements [begin, end) of the flattened parameter, which lie inside `piece`."""
-        if piece.file not in self._open:
-            self._open[piece.file] = safe_open(self._folder / piece.file, framework="pt")
-        return self._open[piece.file].get_slice(key)[begin - piece.start : end - piece.start]
-
-
-def _fill(fragment: Fragment, manifest: Manifest, files: _Files) -> None:
-    end = fragment.start + fragment.numel
-    filled = 0
-    for piece in manifest.pieces[fragment.name]:
-        first, last = max(piece.start, fragment.start), min(piece.start + piece.numel, end)
-        if first >= last:
-            continue
-        for kind, values in fragment.tensors.items():
-            source = files.read(piece, tensor_key(kind, fragment.name, piece.start), first, last)
-            values.narrow(0, first - fragment.start, last - first).copy_(source)
-        filled += last - first
-    if filled != fragment.numel:
-        raise CheckpointError(
-            f"parameter {fragment.name}: the checkpoint holds {filled} of the {fragment.numel} elements from "
-            f"{fragment.start} on: its manifest is incomplete"
-        )
+def _fill(fragment: Fragment, reader: ParameterReader) -> None:
+    """Read straight into the engine's memory, or into a buffer of one fragment where that is on a device."""
+    for kind, values in fragment.tensors.items():
+        host = values if values.device.type == "cpu" else torch.empty(fragment.numel)
+        reader.read_into(kind, fragment.name, fragment.start, host.numpy().data.cast("B"))
+        if host is not values:
+            values.copy_(host)
 
 
 def _set_untrained(path: Path, saved: dict[str, torch.Tensor], engine: ZeroEngine) -> None:
@@ -143,4 +138,4 @@ def _set_untrained(path: Path, saved: dict[str, torch.Tensor], engine: ZeroEngin
 
 
 def _form(tensor: torch.Tensor | None) -> str:
-    return "absent" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+    return "absent" if tensor is None else f"of shape {list(tensor.shape)}"

@@ -108,7 +108,7 @@ class DataConfig:
     cache_shards: bool = False  # copy whole shards from addresses, instead of asking for one image at a time
     cache_gigabytes: float = 0.0  # (10^9 bytes) all shards in `cache` together, least recently used go; 0: no limit
     loader_workers: int = 2  # processes per training worker; 0: read in the training process
-    # windowed: neighbours in the shards stay near; size_planned: like sizes share a microbatch
+    # windowed: four shards at a time; size_planned: like sizes share a microbatch
     order: Literal["permutation", "windowed", "size_planned"] = "permutation"
     bad_share: float = 0.001  # unreadable images may be replaced up to this share of those seen (at least one epoch)
     pad_multiple: int = 1  # padded height and width are rounded up to a multiple of this, for compiled models
@@ -250,11 +250,20 @@ class StageConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast; parameters, coordinates and losses stay fp32
+    # bf16: autocast; parameters, coordinates and losses stay fp32. bf16_parameters: parameters are bf16 too, beside
+    # fp32 masters that DeepSpeed splits; needs zero_stage 1 to 3
+    precision: Literal["fp32", "bf16", "bf16_parameters"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1  # DeepSpeed ZeRO
     ema_decay: float = 0.0  # exponential moving average of the weights per step; 0: off (official 0.9997 when on)
     log_every_steps: int = 10
     non_finite_limit: int = 10  # steps with a non-finite loss that may be skipped before the run stops
+
+    def __post_init__(self) -> None:
+        _require(
+            self.precision != "bf16_parameters" or self.zero_stage > 0,
+            "precision is bf16_parameters with zero_stage 0: expected zero_stage 1, 2 or 3 with it, or precision bf16 "
+            "(DeepSpeed's optimizer for this pair differs from the others and cannot be resumed under them)",
+        )
 
 
 @dataclass(frozen=True)
@@ -281,8 +290,8 @@ class LaunchConfig:
     address: str = "local"  # ray only: "local" starts Ray on this machine, "auto" or host:port joins a cluster
     # ray only: how often a stage starts again after lost workers or machines, counted anew after every checkpoint
     retries: int = 5
-    # ray only: workers without a step for this long hang and start again; so long a run waits for machines it lacks.
-    patience_minutes: float = 30.0  # must exceed the longest evaluation
+    # ray only: workers without a sign of life for this long start again; so long a run waits for machines it lacks
+    patience_minutes: float = 30.0  # (steps and images of an evaluation count as signs of life)
     check_memory: bool = True  # refuse what cannot fit into this machine (hosts of a cluster elsewhere are not seen)
     notice_file: str = ""  # ray only: a machine on which this file appears is about to be taken away; empty: none
 

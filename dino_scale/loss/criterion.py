@@ -16,6 +16,7 @@ from dino_scale.config.schema import LossConfig
 from dino_scale.loss.matcher import match_layers
 from dino_scale.model.outputs import DenoisingOutputs, Outputs
 from dino_scale.structures import Targets
+from kernels.transfer import to_device
 
 _PARTS = ("class", "box", "giou")
 Matcher = Callable[[Tensor, Tensor, Targets, LossConfig], Tensor]  # as `match_layers`
@@ -112,7 +113,7 @@ def _image_of_targets(targets: Targets, device: torch.device) -> Tensor:
     """(T,) int64."""
     counts = torch.tensor(targets.counts, dtype=torch.int64)
     images = torch.arange(len(counts))
-    return torch.repeat_interleave(images, counts, output_size=sum(targets.counts)).to(device, non_blocking=True)
+    return to_device(torch.repeat_interleave(images, counts, output_size=sum(targets.counts)), device)
 
 
 def _named(names: list[str], parts: Tensor) -> dict[str, Tensor]:

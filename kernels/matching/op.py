@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.matching.reference import AREA_EPSILON, GAMMA, LOG_EPSILON
 from kernels.threads import in_threads
+from kernels.transfer import to_device
 
 # What a pair with a NaN or infinite cost is taken to cost: worse than any real pair, and small enough that adding a
 # few hundred of them in float64 still tells two real costs apart.
@@ -61,7 +62,7 @@ def match(
         weights = {"class_cost": class_cost, "box_cost": box_cost, "giou_cost": giou_cost, "alpha": alpha}
         return match_on_device(logits, boxes, labels, target_boxes, counts, **weights, broken_cost=BROKEN_COST)
     image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(list(counts)))
-    image = image.to(logits.device, non_blocking=True)
+    image = to_device(image, logits.device)
     # On a CPU a few targets at a time, so that the twenty-odd intermediate results stay in the cache.
     cells = layers * logits.shape[2]
     step = max(1, CELLS_IN_CACHE // cells)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dino_scale.checkpoint.tensor_file import TensorEntry, digest_file, read_header, write_tensors
+from dino_scale.checkpoint.tensor_file import TensorEntry, digest_file, read_header
+from dino_scale.checkpoint.tensor_writer import write_tensors
 from dino_scale.errors import CheckpointError
 
 TENSORS = {

@@ -13,9 +13,14 @@ import pytest
 
 from data_pipeline.dataset import open_dataset, open_remote, open_shard
 from data_pipeline.index import Index
+from data_pipeline.loader import StreamMode, training_microbatches
+from data_pipeline.order import WINDOW
+from data_pipeline.pack import pack
 from data_pipeline.reader import Reader
 from data_pipeline.remote import RemoteFolder
 from data_pipeline.shard_cache import locked
+from data_pipeline.synthetic import Split
+from dino_scale.config.schema import AugmentationConfig, BatchConfig
 from dino_scale.errors import ConfigError, DataError
 from tests.support.object_store import Store, serve
 
@@ -104,6 +109,26 @@ def test_a_reader_with_a_limit_holds_no_space(scenes: Index, tmp_path: Path) -> 
         assert not [path for path in open_files if str(tmp_path) in path and ".tar" in path and ".lock" not in path]
 
 
+def test_windows_need_each_shard_once_per_epoch(raw_scenes: dict[str, Split], tmp_path: Path) -> None:
+    """With room for two windows of 16 shards, and through the loader."""
+    split = raw_scenes["train"]
+    pack(split.annotations, [split.images], tmp_path / "shards", samples_per_shard=4)
+    whole = Index.open(tmp_path / "shards")
+    limit = sum(sorted(shard_sizes(whole))[-2 * WINDOW :])
+    asked: dict[StreamMode, int] = {}
+    orders: tuple[StreamMode, ...] = ("windowed", "permutation")
+    for order in orders:
+        with serve(whole.folder) as store:
+            index = remote_index(store, tmp_path / order, limit)
+            steps = training_microbatches(
+                index, seed=0, augmentation=AugmentationConfig(scales=(32,), crop=0.0), batch=BatchConfig(4, 4), rank=0,
+                world=1, first_step=0, last_step=15, loader_workers=0, order=order,
+            )  # fmt: skip
+            assert sum(len(batch.sample_ids) for step in steps for batch in step) == 60 == len(whole) - 1
+            asked[order] = sum(".tar" in request[0] for request in store.requests)
+    assert len(whole.shard_names) == 16 == asked["windowed"] < asked["permutation"]
+
+
 def test_many_processes_share_a_small_cache(scenes: Index, tmp_path: Path) -> None:
     """Room for two of four shards and three processes that want all of them: everyone reads the right bytes, and the
     copies never take more than the limit."""
@@ -150,6 +175,17 @@ def test_a_failed_download_leaves_no_claim_behind(scenes: Index, tmp_path: Path)
         with pytest.raises(DataError, match="SHA-256"):
             Reader(index).image_bytes(0)
         assert taken(tmp_path) == 0
+
+
+def test_a_cut_copy_is_fetched_anew(scenes: Index, tmp_path: Path) -> None:
+    with serve(scenes.folder) as store:
+        for limit in (0, max(shard_sizes(scenes))):
+            index = remote_index(store, tmp_path / str(limit), limit)
+            expected = Reader(index).image_bytes(0)
+            copy = index.folder / index.shard_names[0]
+            copy.write_bytes(copy.read_bytes()[:-512])
+            assert Reader(index).image_bytes(0) == expected
+            assert copy.stat().st_size == shard_sizes(index)[0]
 
 
 def test_a_limit_below_one_shard_is_refused(scenes: Index, tmp_path: Path) -> None:

@@ -101,6 +101,15 @@ def test_a_silent_worker_is_named_with_its_last_step() -> None:
     assert found.remarks(21.0) == []
 
 
+def test_workers_that_all_wait_are_mentioned_once() -> None:
+    found = hearts(pulse(step=7, idle=21.0), pulse(step=7, idle=21.0))
+    assert found.remarks(0.0) == ["no worker has done a step for 21 s (last step 7)"]
+    assert found.remarks(0.0) == []
+    found.note(1, pulse(step=8), 0.0)
+    assert found.remarks(0.0) == []
+    assert hearts(pulse(step=7, idle=21.0), None).remarks(0.0) == []
+
+
 def test_the_worker_that_does_not_answer_is_the_one_that_hangs() -> None:
     found = hearts(pulse(step=7), pulse(step=7))
     found.note(0, pulse(step=7, idle=100.0), 100.0)
