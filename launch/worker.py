@@ -32,6 +32,7 @@ from dino_scale.training.ema import WeightAverage
 from dino_scale.training.metrics import MetricsLog
 from dino_scale.training.objective import Objective
 from dino_scale.training.optimizer import aligned, group_table, parameter_groups
+from dino_scale.training.sample_log import SampleLog, forget_after
 from dino_scale.training.schedule import total_steps
 from dino_scale.training.trainer import Progress, StageLength, Trainer
 from dino_scale.training.zero import ZeroEngine
@@ -102,6 +103,7 @@ class _StageRun:
             self.control,
             save=self._save,
             evaluate=self._evaluate,
+            samples=self._sample_log(),
         )
         start = self.progress.step
         if trainer.run(self._data(), self.progress):
@@ -182,6 +184,12 @@ class _StageRun:
             pad_multiple=self.config.data.pad_multiple,
             on_bad=self._note_bad,
         )
+
+    def _sample_log(self) -> SampleLog | None:
+        """Where the image ids of every step go, if they are wanted; earlier records of steps done again go first."""
+        folder = self.folder / "samples"
+        distributed.on_rank_zero(lambda: forget_after(folder, self.progress.step))
+        return SampleLog(folder, distributed.rank(), distributed.world_size()) if self.config.data.log_samples else None
 
     def _note_bad(self, bad: BadSample) -> None:
         """One line in bad_samples.jsonl; every rank appends its own, a short append is not torn."""

@@ -18,6 +18,7 @@ from dino_scale.training.control import Control, MessageEvent, StepEvent
 from dino_scale.training.determinism import seed_microbatch
 from dino_scale.training.ema import WeightAverage
 from dino_scale.training.metrics import MetricsLog, Stopwatch, memory_megabytes
+from dino_scale.training.sample_log import SampleLog
 from dino_scale.training.schedule import rate_factor
 from dino_scale.training.zero import StepOutcome, ZeroEngine
 
@@ -57,11 +58,12 @@ class Trainer:
         control: Control,
         save: Callable[[Progress], None],
         evaluate: Callable[[Progress], None],
+        samples: SampleLog | None = None,
     ) -> None:
         """`save` and `evaluate` are called on every rank at the steps that the configuration names."""
         self.name, self.config, self.seed, self.length = name, config, seed, length
         self.engine, self.average, self.log, self.control = engine, average, log, control
-        self.save, self.evaluate = save, evaluate
+        self.save, self.evaluate, self.samples = save, evaluate, samples
         self.device = distributed.device()
         self.watch = Stopwatch()
         self.timed_steps = 0
@@ -123,6 +125,8 @@ class Trainer:
         first = distributed.rank() * len(microbatches)
         scale = len(microbatches) * distributed.world_size()
         outcome = None
+        if self.samples is not None:
+            self.samples.write(step + 1, first, microbatches)
         for number, batch in enumerate(microbatches, start=first):
             generator = seed_microbatch(self.seed, step, number)
             loss, parts = self.engine(batch.to(self.device), box_count, generator)
