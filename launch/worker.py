@@ -16,6 +16,7 @@ from data_pipeline.index import Index, ground_truth
 from data_pipeline.loader import evaluation_batches, microbatches_per_rank, training_microbatches
 from data_pipeline.replacement import BadSample
 from dino_scale.checkpoint import store
+from dino_scale.checkpoint.reshape import reshape
 from dino_scale.checkpoint.transfer import Transfer, carry_over, match_classes
 from dino_scale.checkpoint.weights import Preparation, Weights, load_weights, save_weights
 from dino_scale.config.schema import ChainConfig, StageConfig
@@ -267,8 +268,10 @@ def start_from(model: Dino, path: Path, index: Index, config: StageConfig) -> Tr
     by_name = config.start.class_map == "name"
     choices = config.start.class_choices
     pairs = match_classes(weights.categories, index.categories, class_aliases(), choices) if by_name else []
+    target = model.state_dict()
+    fitted = reshape(weights.state, weights.model, target, model.config)
     return carry_over(
-        weights.state, model.state_dict(), model.class_tensors(), pairs, weights.categories, index.categories
+        fitted.state, target, model.class_tensors(), pairs, weights.categories, index.categories, fitted.changes
     )
 
 

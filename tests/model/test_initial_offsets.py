@@ -20,6 +20,4 @@ def test_no_initial_sample_lies_on_a_pixel_centre() -> None:
         bias = attention.offsets.bias.detach()
         beside = bias - bias.round()
         assert float(beside.abs().min()) > 0.01
-        assert float(beside[bias.abs() < 0.5].abs().max()) < 0.05, (
-            "the directions stay what they were"
-        )
+        assert float(beside[bias.abs() < 0.5].abs().max()) < 0.05, "the directions stay what they were"
