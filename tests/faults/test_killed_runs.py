@@ -21,7 +21,7 @@ from tests.support.trajectory import Topology, different_bits, largest_change, l
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq", "ema")
 TWO = Topology(workers=2, zero_stage=2)
-LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-4, 1e-4  # as in tests/distributed/test_trajectory.py
+LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-4, 1e-5  # as in tests/distributed/test_trajectory.py
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,6 @@ def write_chain(shards: Path, folder: Path, steps: int) -> Path:
 
 def run_through(chain: Path, run: Path, kills: list[Kill], topologies: list[Topology]) -> None:
     """Attempt i runs on topology i and ends with kill i; the last one ends by itself."""
-    seen = 0
     for attempt, (kill, topology) in enumerate(zip([*kills, None], topologies, strict=True)):
         verb, target = ("train", chain) if attempt == 0 else ("resume", run)
         arguments = command(verb, target, settings_of(topology))
@@ -48,7 +47,7 @@ def run_through(chain: Path, run: Path, kills: list[Kill], topologies: list[Topo
         if kill is None:
             finish(arguments)
         else:
-            seen = run_until_killed(arguments, run, kill, seen)
+            run_until_killed(arguments, run, kill)
 
 
 def undisturbed(shards: Path, folder: Path, topology: Topology, steps: int) -> Path:
@@ -74,8 +73,8 @@ ELSEWHERE = tuple(Topology(workers, stage) for workers in (1, 2, 4) for stage in
 
 
 def kills_at_random(draw: random.Random) -> list[Kill]:
-    """Each of the victims once, in any order, at any steps but the last."""
-    steps = sorted(draw.sample(range(1, WHOLE - 1), len(VICTIMS)))
+    """Each of the victims once, in any order, at any steps but the last ones, which may pass before the signal."""
+    steps = sorted(draw.sample(range(1, WHOLE - 4), len(VICTIMS)))
     return [Kill(step, victim) for step, victim in zip(steps, draw.sample(VICTIMS, len(VICTIMS)), strict=True)]
 
 

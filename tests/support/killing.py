@@ -38,13 +38,14 @@ def settings_of(topology: Topology) -> dict[str, object]:
     return {"launch.workers": topology.workers, f"stages.{STAGE}.zero_stage": topology.zero_stage}
 
 
-def run_until_killed(arguments: Sequence[str], run: Path, kill: Kill, seen: int) -> int:
-    """Start the command, kill, wait for its end; the last step in the log. seen: the last step of earlier attempts."""
+def run_until_killed(arguments: Sequence[str], run: Path, kill: Kill) -> None:
+    """Start the command, kill once it has logged the step, wait for its end."""
+    begin = time.time()
     driver = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        _wait_for_step(driver, run, kill.step, seen)
-        victims = [driver.pid] if kill.victim == "the driver" else _workers(driver.pid)
-        for pid in victims[:1] if kill.victim == "one worker" else victims:
+        workers = _wait_for_step(driver, run, kill.step, begin)
+        victims = {"one worker": workers[:1], "all workers": workers, "the driver": [driver.pid]}[kill.victim]
+        for pid in victims:
             os.kill(pid, signal.SIGKILL)
         output, _ = driver.communicate(timeout=PATIENCE)
     finally:
@@ -53,7 +54,6 @@ def run_until_killed(arguments: Sequence[str], run: Path, kill: Kill, seen: int)
     assert driver.returncode != 0, f"nothing was killed: {output}"
     if kill.victim != "the driver":
         assert "dino-scale resume" in output, output
-    return last_step(run)
 
 
 def finish(arguments: Sequence[str]) -> None:
@@ -61,28 +61,27 @@ def finish(arguments: Sequence[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def last_step(run: Path) -> int:
-    """The last step in the log, 0 without one; the last line may be half written."""
-    path = run / STAGE / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    return int(json.loads(whole[-1])["step"]) if whole else 0
-
-
-def _wait_for_step(driver: subprocess.Popen[str], run: Path, step: int, seen: int) -> None:
-    """Until this attempt has logged `step`. It starts behind `seen`: the log is cut when it begins."""
+def _wait_for_step(driver: subprocess.Popen[str], run: Path, step: int, begin: float) -> list[int]:
+    """Until this attempt has logged `step` or a later one; its workers. What was logged before `begin` does not count."""
     deadline = time.monotonic() + PATIENCE
-    begun = seen < step
-    while not (begun and last_step(run) >= step):
-        begun = begun or last_step(run) < step
+    while not ((line := _last_line(run)) and line["step"] >= step and line["time"] > begin):
         assert driver.poll() is None, f"ended before step {step}: {driver.communicate()[0]}"
         assert time.monotonic() < deadline, f"no step {step}"
         time.sleep(0.02)
+    workers = _workers(driver.pid)
+    assert workers, "a step without training processes"
+    return workers
+
+
+def _last_line(run: Path) -> dict[str, float] | None:
+    """Of the log; None without one. The last line may be half written."""
+    path = run / STAGE / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    return json.loads(whole[-1]) if whole else None
 
 
 def _workers(driver: int) -> list[int]:
     """Process ids of the training processes under Ray, which names them after the class of the actor."""
     below = psutil.Process(driver).children(recursive=True)
-    found = [process.pid for process in below if " ".join(process.cmdline()).startswith("ray::WorkerProcess")]
-    assert found, "no training process found"
-    return found
+    return [process.pid for process in below if " ".join(process.cmdline()).startswith("ray::WorkerProcess")]
