@@ -62,7 +62,7 @@ def finish(arguments: Sequence[str]) -> None:
 
 
 def _wait_for_step(driver: subprocess.Popen[str], run: Path, step: int, begin: float) -> list[int]:
-    """Until this attempt has logged `step` or a later one; its workers. What was logged before `begin` does not count."""
+    """Until this attempt has logged `step` or a later one; its workers. Lines from before `begin` do not count."""
     deadline = time.monotonic() + PATIENCE
     while not ((line := _last_line(run)) and line["step"] >= step and line["time"] > begin):
         assert driver.poll() is None, f"ended before step {step}: {driver.communicate()[0]}"
