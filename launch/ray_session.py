@@ -74,8 +74,8 @@ class RaySession:
             ) from None
         except ray.exceptions.AuthenticationError as error:
             raise UserError(
-                f"the Ray cluster at {self.launch.address} refuses this machine's token ({_first_line(error)}): put the "
-                "cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+                f"the Ray cluster at {self.launch.address} refuses this machine's token ({_first_line(error)}): put "
+                "the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
             ) from None
         self._started = True
         if self.launch.address == "auto" and not self.launch.insecure:
