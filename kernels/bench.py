@@ -93,6 +93,8 @@ def _compare_attention(
             else:
                 ways[name] = way
     ways["triton" if device.type == "cuda" else "numba"] = deform_attn
+    if device.type == "cuda" and not layer.queries:
+        ways["triton windowed"] = functools.partial(deform_attn, impl="triton_windowed")
     runs = {name: functools.partial(_attend, way, case, layer.level_shapes, backward) for name, way in ways.items()}
     yield from _rows(layer.name, NAME[dtype], passes, _least_times(runs, device, turns))
 

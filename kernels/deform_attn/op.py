@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.deform_attn.reference import deform_attn_reference
 
-IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "triton_windowed", "cpu", "reference")
 _log = logging.getLogger(__name__)
 
 
@@ -40,7 +40,9 @@ def deform_attn(
     reference_points: (B, Q, L, 2 | 4), float32, as fractions of each map. 2-d: location = reference + offset /
         (width, height). 4-d, a box: location = centre + offset / P * size / 2. No gradient flows into them.
     level_shapes: (height, width) of each level, plain integers.
-    impl: "triton" (CUDA), "cpu" (numba), "reference" (plain torch), or "auto" by device, said once in the log.
+    impl: "triton" (CUDA), "triton_windowed" (the same with another value gradient, for encoders: one query per token,
+        in their order; never chosen by "auto"), "cpu" (numba), "reference" (plain torch), or "auto" by device, said
+        once in the log.
         The value gradient of "triton" varies in its last bits from run to run, except under
         `torch.use_deterministic_algorithms(True)`, where it is bit-identical at a higher cost.
 
@@ -65,9 +67,9 @@ def choose_implementation(impl: str, device: torch.device) -> str:
         raise ValueError(f"deform_attn: impl={impl!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
     if impl == "auto":
         return {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
-    if impl == "triton" and device.type != "cuda" and not _interpreted():
+    if impl.startswith("triton") and device.type != "cuda" and not _interpreted():
         raise RuntimeError(
-            f"deform_attn: impl='triton' got tensors on {device}, but runs on CUDA devices only (elsewhere just in "
+            f"deform_attn: impl='{impl}' got tensors on {device}, but runs on CUDA devices only (elsewhere just in "
             "Triton's interpreter, TRITON_INTERPRET=1); use impl='auto' or impl='reference'"
         )
     if impl == "cpu" and device.type != "cpu":
@@ -186,9 +188,10 @@ def _implementation(impl: str) -> _Implementation:
 
         return _Implementation(cpu.forward, cpu.backward)
     try:
-        from kernels.deform_attn import triton_backward, triton_forward
+        from kernels.deform_attn import triton_backward, triton_forward, triton_window
     except ImportError as error:
         raise RuntimeError(
-            f"deform_attn: impl='triton' needs triton ({error}); pip install triton or use impl='reference'"
+            f"deform_attn: impl='{impl}' needs triton ({error}); pip install triton or use impl='reference'"
         ) from error
-    return _Implementation(triton_forward.forward, triton_backward.backward)
+    backward = triton_window.backward if impl == "triton_windowed" else triton_backward.backward
+    return _Implementation(triton_forward.forward, backward)

@@ -13,6 +13,7 @@ whose result depends on no order; it takes twice the atomic traffic.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -32,14 +33,25 @@ from kernels.deform_attn.triton_sampling import (
 from kernels.deform_attn.tuning import launch_shape
 
 GROUP = 4
+# What a kernel does with the value gradient. Of these the kernels need to know while compiling.
+ADD_FLOATS, ADD_FIXED, ADD_NOTHING = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # Bits of a sum in fixed point below its sign, and the largest power of two taken as a scale.
 SUM_BITS, LARGEST_EXPONENT = 62, 126
 
 
 def backward(
-    grad: Tensor, value: Tensor, offsets: Tensor, logits: Tensor, reference_points: Tensor, sizes: list[int]
+    grad: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    reference_points: Tensor,
+    sizes: list[int],
+    add_values: Callable[..., None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, offsets and logits, each contiguous and in the dtype of its tensor."""
+    """Gradients of value, offsets and logits, each contiguous and in the dtype of its tensor.
+
+    add_values: adds the value gradient in place of this kernel, see `triton_window`.
+    """
     batch, tokens, heads, channels = value.shape
     queries, _, levels, points = offsets.shape[1:5]
     grad_offsets = torch.empty(offsets.shape, dtype=offsets.dtype, device=value.device)
@@ -51,6 +63,10 @@ def backward(
     compute = torch.float64 if value.dtype == torch.float64 else torch.float32
     sums = torch.zeros((batch, tokens, heads, padded), dtype=torch.int64 if fixed else compute, device=value.device)
     scale = _fixed_point_scale(grad, queries) if fixed else sums
+    adding = (ADD_FIXED if fixed else ADD_FLOATS).value
+    if add_values is not None:
+        add_values(grad, value, offsets, logits, reference_points, sizes, sums, scale, fixed)
+        adding = ADD_NOTHING.value
     box = reference_points.shape[3] == 4
     shape = launch_shape("backward", channels, levels, points, value.dtype, box)
     deform_attn_backward_kernel[(triton.cdiv(queries, shape.queries), heads, batch)](
@@ -68,7 +84,7 @@ def backward(
         LEVELS=levels,
         POINTS=points,
         BOX=box,
-        FIXED=fixed,
+        ADDING=adding,
         COMPUTE=COMPUTE_TYPES.get(value.dtype, tl.float32),
         BLOCK_QUERIES=shape.queries,
         BLOCK_CHANNELS=triton.next_power_of_2(padded),
@@ -94,9 +110,9 @@ def _fixed_point_scale(grad: Tensor, queries: int) -> Tensor:
 
 
 @triton.jit
-def _add_rows(place, share, gradient, scale, mask, FIXED: tl.constexpr):
+def add_rows(place, share, gradient, scale, mask, ADDING: tl.constexpr):
     """Adds share * gradient to rows of the value gradient."""
-    if FIXED:
+    if ADDING == ADD_FIXED:
         tl.atomic_add(place, (gradient * share[:, None] * scale).to(tl.int64), mask=mask, sem="relaxed")
     else:
         tl.atomic_add(place, gradient * share[:, None], mask=mask, sem="relaxed")
@@ -108,7 +124,7 @@ def _dot_rows(place, gradient, mask):
 
 
 @triton.jit
-def _softmax(scores, present):
+def row_softmax(scores, present):
     """exp(score - largest), the largest of each row, and one over the sum of the exponentials."""
     largest = tl.where(present, tl.max(scores, 1), 0.0)
     exponentials = tl.exp(scores - largest[:, None])
@@ -134,10 +150,10 @@ def _one_sample(
     CHANNELS: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
-    FIXED: tl.constexpr,
+    ADDING: tl.constexpr,
 ):
-    """Adds the sample's part of the value gradient. Returns gradient.sample, and weight times its slopes by the
-    offsets, which are 0 where the sample lies outside."""
+    """Adds the sample's part of the value gradient, unless ADDING says nothing is added. Returns gradient.sample, and
+    weight times its slopes by the offsets, which are 0 where the sample lies outside."""
     STEP: tl.constexpr = HEADS * CHANNELS
     SUM_STEP: tl.constexpr = HEADS * PADDED
     cell, right, low, inside, mask00, mask01, mask10, mask11 = locate(x, y, height, width, present)
@@ -148,12 +164,13 @@ def _one_sample(
     dot01 = _dot_rows(place + STEP, gradient, over_channels(mask01, CHANNELS, BLOCK))
     dot10 = _dot_rows(below, gradient, over_channels(mask10, CHANNELS, BLOCK))
     dot11 = _dot_rows(below + STEP, gradient, over_channels(mask11, CHANNELS, BLOCK))
-    target = targets + (cell.to(tl.int64) * SUM_STEP)[:, None] + channel
-    under = target + width.to(tl.int64) * SUM_STEP
-    _add_rows(target, weight * up * left, gradient, scale, over_channels(mask00, PADDED, BLOCK), FIXED)
-    _add_rows(target + SUM_STEP, weight * up * right, gradient, scale, over_channels(mask01, PADDED, BLOCK), FIXED)
-    _add_rows(under, weight * low * left, gradient, scale, over_channels(mask10, PADDED, BLOCK), FIXED)
-    _add_rows(under + SUM_STEP, weight * low * right, gradient, scale, over_channels(mask11, PADDED, BLOCK), FIXED)
+    if ADDING != ADD_NOTHING:
+        target = targets + (cell.to(tl.int64) * SUM_STEP)[:, None] + channel
+        under = target + width.to(tl.int64) * SUM_STEP
+        add_rows(target, weight * up * left, gradient, scale, over_channels(mask00, PADDED, BLOCK), ADDING)
+        add_rows(target + SUM_STEP, weight * up * right, gradient, scale, over_channels(mask01, PADDED, BLOCK), ADDING)
+        add_rows(under, weight * low * left, gradient, scale, over_channels(mask10, PADDED, BLOCK), ADDING)
+        add_rows(under + SUM_STEP, weight * low * right, gradient, scale, over_channels(mask11, PADDED, BLOCK), ADDING)
     along = up * (left * dot00 + right * dot01) + low * (left * dot10 + right * dot11)
     slope_x = scale_x * weight * (up * (dot01 - dot00) + low * (dot11 - dot10))
     slope_y = scale_y * weight * (left * (dot10 - dot00) + right * (dot11 - dot01))
@@ -184,7 +201,7 @@ def deform_attn_backward_kernel(
     LEVELS: tl.constexpr,
     POINTS: tl.constexpr,
     BOX: tl.constexpr,
-    FIXED: tl.constexpr,
+    ADDING: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -201,12 +218,12 @@ def deform_attn_backward_kernel(
     STEP: tl.constexpr = HEADS * CHANNELS
     SUM_STEP: tl.constexpr = HEADS * PADDED
     scale = 1.0
-    if FIXED:
+    if ADDING == ADD_FIXED:
         scale = tl.load(fixed_point_scale)
     index = tl.arange(0, BLOCK_SAMPLES)[None, :]
     known = present[:, None] & (index < SAMPLES)
     scores = tl.load(logits + row[:, None] * SAMPLES + index, mask=known, other=float("-inf")).to(COMPUTE)
-    exponentials, largest, share_of_total = _softmax(scores, present)
+    exponentials, largest, share_of_total = row_softmax(scores, present)
     mask = over_channels(present, CHANNELS, BLOCK_CHANNELS)
     gradient = tl.load(grad + row[:, None] * CHANNELS + channel, mask=mask, other=0.0).to(COMPUTE)
     cells = value + image * tokens * STEP + head * CHANNELS
@@ -226,7 +243,7 @@ def deform_attn_backward_kernel(
             y = base_y + tl.load(offsets + sample * 2 + 1, mask=present, other=0.0).to(COMPUTE) * scale_y
             along, slope_x, slope_y = _one_sample(
                 x, y, scale_x, scale_y, weight, height, width, present, cells, targets, gradient, channel,
-                scale, HEADS, CHANNELS, PADDED, BLOCK_CHANNELS, FIXED,
+                scale, HEADS, CHANNELS, PADDED, BLOCK_CHANNELS, ADDING,
             )  # fmt: skip
             here = index == place_in_row
             alongs = tl.where(here, along[:, None], alongs)

@@ -61,14 +61,14 @@ def reference_pixels(
     present,
     height,
     width,
-    LEVEL: tl.constexpr,
+    level,
     LEVELS: tl.constexpr,
     POINTS: tl.constexpr,
     BOX: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """Reference points in pixels of the level, and the pixels that one unit of offset stands for, as x, y, x, y."""
-    place = references + (item * LEVELS + LEVEL) * (4 if BOX else 2)
+    place = references + (item * LEVELS + level) * (4 if BOX else 2)
     wide, high = width.to(COMPUTE), height.to(COMPUTE)
     x = tl.load(place, mask=present, other=0.0).to(COMPUTE) * wide - 0.5
     y = tl.load(place + 1, mask=present, other=0.0).to(COMPUTE) * high - 0.5

@@ -246,3 +246,29 @@ def test_automatic_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None
         make_case().run("auto")
         make_case().run("reference")
     assert [record.message for record in caplog.records] == ["deformable attention on cpu runs the cpu implementation"]
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_moving_map_and_samples_together_changes_nothing(impl: str) -> None:
+    """A map moved by two rows and three columns inside zeros, sampled three to the right and two below."""
+    draw = torch.Generator().manual_seed(0)
+    inner = torch.randn(2, 5, 6, 2, 8, generator=draw)
+    value, moved = torch.zeros(2, 12, 14, 2, 8), torch.zeros(2, 12, 14, 2, 8)
+    value[:, 3:8, 3:9], moved[:, 5:10, 6:12] = inner, inner
+    offsets = torch.randn(2, 9, 2, 1, 4, 2, generator=draw) * 2
+    logits, middle = torch.randn(2, 9, 2, 4, generator=draw), torch.full((2, 9, 1, 2), 0.45)
+    still = Case(value.flatten(1, 2), offsets, logits, middle, ((12, 14),))
+    together = replace(still, value=moved.flatten(1, 2), offsets=offsets + torch.tensor([3.0, 2.0]))
+    assert still.run(impl).abs().sum() > 1
+    assert_close(together.run(impl), still.run(impl).double(), 1e-5)
+
+
+@pytest.mark.parametrize("box", [False, True])
+def test_every_number_of_every_result_is_written(box: bool) -> None:
+    """In deterministic mode torch fills new memory with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        check_against_double(make_case(box=box), 1e-5)
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -207,3 +207,13 @@ def test_compiles_without_a_graph_break(dynamic: bool) -> None:
         (expected,) = torch.autograd.grad(loss(logits, boxes, labels, target_boxes, counts), logits)
         (actual,) = torch.autograd.grad(compiled(logits, boxes, labels, target_boxes, counts), logits)
         assert torch.allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_every_index_is_written() -> None:
+    """In deterministic mode torch fills new memory with the largest integer or NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        arguments = draw([5, 2, 9])
+        assert torch.equal(match(*arguments, **WEIGHTS), match_reference(*arguments, **WEIGHTS))
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 
 from kernels.compile_check import Compiled, compile_kernel
-from kernels.deform_attn.triton_backward import GROUP, deform_attn_backward_kernel
+from kernels.deform_attn.triton_backward import ADD_FIXED, ADD_FLOATS, GROUP, deform_attn_backward_kernel
 from kernels.deform_attn.triton_forward import deform_attn_forward_kernel
 from kernels.deform_attn.triton_sampling import SIZES
+from kernels.deform_attn.triton_window import LEAST_CHANNELS, WARPS, deform_attn_window_kernel, precision
 from kernels.deform_attn.tuning import rule
 from kernels.matching.triton_assignment import COLUMNS_PER_WARP, ROWS_AT_ONCE, assignment_kernel
 from kernels.matching.triton_cost import matching_cost_kernel
@@ -56,12 +57,25 @@ def compile_backward(
     types = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(SIZES, "i32")
     types |= {"references": "*fp32", "sums": "*i64" if deterministic else "*fp32", "fixed_point_scale": "*fp32"}
     fixed = constants("backward", dtype, channels, levels, points, box)
-    fixed |= {"PADDED": -(-channels // GROUP) * GROUP, "FIXED": deterministic}
+    fixed |= {"PADDED": -(-channels // GROUP) * GROUP, "ADDING": (ADD_FIXED if deterministic else ADD_FLOATS).value}
     fixed["BLOCK_SAMPLES"] = triton.next_power_of_2(levels * points)
     shape = rule("backward", channels, levels * points, DTYPES[dtype])
     return compile_kernel(
         deform_attn_backward_kernel, types, fixed, capability=capability, warps=shape.warps, registers=shape.registers
     )
+
+
+def compile_window(
+    capability: int, dtype: str, channels: int = 32, levels: int = 4, points: int = 4, box: bool = False
+) -> Compiled:
+    types = dict.fromkeys(("grad", "offsets", "logits"), f"*{dtype}") | dict.fromkeys(SIZES, "i32")
+    types |= {"references": "*fp32", "sums": "*fp32", "fixed_point_scale": "*fp32"}
+    padded = -(-channels // GROUP) * GROUP
+    fixed = constants("backward", dtype, channels, levels, points, box) | {"PADDED": padded, "ADDING": ADD_FLOATS.value}
+    fixed |= {"BLOCK_SAMPLES": triton.next_power_of_2(levels * points), "PRECISION": precision(DTYPES[dtype].itemsize)}
+    fixed["BLOCK_CHANNELS"] = max(LEAST_CHANNELS, triton.next_power_of_2(padded))
+    del fixed["BLOCK_QUERIES"], types["queries"]
+    return compile_kernel(deform_attn_window_kernel, types, fixed, capability=capability, warps=WARPS)
 
 
 def check_atomics(compiled: Compiled, capability: int) -> None:
@@ -73,8 +87,9 @@ def check_atomics(compiled: Compiled, capability: int) -> None:
 
 
 def check_no_result_is_awaited(compiled: Compiled) -> None:
-    assert any(name.startswith("RED") for name in compiled.instructions)
-    assert not any(name.startswith("ATOM") for name in compiled.instructions)
+    """Atomics on shared memory (ATOMS) are the compiler's, which keeps the books of Blackwell's tensor memory so."""
+    assert any(name.startswith(("RED.", "REDG.")) for name in compiled.instructions)
+    assert not any(name.startswith(("ATOM.", "ATOMG.")) for name in compiled.instructions)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +104,13 @@ def test_forward_spills_nothing_and_needs_no_barrier(capability: int, dtype: str
 @pytest.mark.parametrize(("capability", "dtype"), [(80, "bf16"), (90, "bf16"), (90, "fp32"), (100, "bf16")])
 def test_backward_spills_nothing_and_adds_four_channels_at_once(capability: int, dtype: str) -> None:
     check_atomics(compile_backward(capability, dtype), capability)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "fp32"), (90, "bf16"), (90, "fp32"), (100, "bf16")])
+def test_windows_spill_nothing_and_add_four_channels_at_once(capability: int, dtype: str) -> None:
+    compiled = compile_window(capability, dtype)
+    check_atomics(compiled, capability)
+    assert any("MMA" in name for name in compiled.instructions), "the sums are not made by matrix products"
 
 
 @pytest.mark.parametrize("channels", [9, 12, 24])
@@ -110,8 +132,7 @@ def test_many_samples_of_few_channels_spill_nothing(capability: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("box", [False, True])
+@pytest.mark.parametrize(("capability", "box"), [(80, False), (90, True)])
 @pytest.mark.parametrize(("channels", "points"), [(8, 4), (9, 4), (16, 4), (32, 4), (64, 4)])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_every_head_size_dtype_and_reference(
@@ -119,6 +140,18 @@ def test_every_head_size_dtype_and_reference(
 ) -> None:
     assert compile_forward(capability, dtype, channels, 5, points, box).stack_bytes == 0
     check_atomics(compile_backward(capability, dtype, channels, 5, points, box), capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("channels", "levels", "points", "box"), [(9, 4, 4, False), (64, 5, 4, False), (16, 5, 8, True)]
+)
+def test_windows_of_other_shapes(
+    capability: int, dtype: str, channels: int, levels: int, points: int, box: bool
+) -> None:
+    check_atomics(compile_window(capability, dtype, channels, levels, points, box), capability)
 
 
 @pytest.mark.slow

@@ -51,6 +51,36 @@ def test_equals_float64(dtype: torch.dtype, channels: int, levels: int, points: 
         assert_close(computed.cpu(), exact, 1e-5 if dtype == torch.float32 else 5e-3)
 
 
+@pytest.mark.parametrize("channels", [8, 9, 32, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_windows_equal_float64(dtype: torch.dtype, channels: int, fixed: bool) -> None:
+    """The interpreter does not round matrix products to the precision that they have on a device."""
+    shapes = ((30, 41), (15, 21))
+    case = make_case(levels=2, points=4, channels=channels, queries=1545)
+    draw = torch.Generator().manual_seed(1)
+    value = torch.randn(2, 1545, 3, channels, generator=draw).to(dtype)
+    places = [
+        torch.cartesian_prod((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width).flip(-1)
+        for height, width in shapes
+    ]
+    references = torch.cat(places)[None, :, None].expand(2, -1, 2, -1).contiguous()
+    # Whole pixels and a part between 0.01 and 0.99: slopes jump at whole coordinates.
+    whole = torch.randn(case.offsets.shape, generator=draw).mul(3).floor()
+    sizes = torch.tensor([[width, height] for height, width in shapes])[:, None]
+    part = 0.01 + 0.98 * torch.rand(case.offsets.shape, generator=draw)
+    at = (references[:, :, None, :, None] * sizes - 0.5).floor() - (references[:, :, None, :, None] * sizes - 0.5)
+    case = Case(value, whole + part + at, case.logits, references, shapes)
+    grad = torch.randn(2, 1545, 3 * channels).to(dtype).float()
+    torch.use_deterministic_algorithms(fixed)
+    try:
+        actual = gradients(on_gpu(case), "triton_windowed", grad)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for computed, exact in zip(actual, gradients(case.double(), "reference", grad), strict=True):
+        assert_close(computed.cpu(), exact, 1e-5 if dtype == torch.float32 else 5e-3)
+
+
 @pytest.mark.usefixtures("deterministic")
 def test_deterministic_gradients_are_bit_identical() -> None:
     case, grad = on_gpu(make_case(levels=2, queries=5000, channels=32)), torch.randn(2, 5000, 96)
