@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dino_scale.checkpoint import layout
 from dino_scale.checkpoint.background import BackgroundWrite, Shipment
-from dino_scale.checkpoint.manifest import Manifest, Position
+from dino_scale.checkpoint.manifest import Group, Manifest, Position
 from dino_scale.checkpoint.snapshot import Snapshot
 from dino_scale.errors import SaveError
 from dino_scale.training import distributed
@@ -141,4 +141,9 @@ class Saver:
             files={},
             libraries=self._libraries,
             best=position.best,
+            bf16_parameters=engine.bf16_parameters,
+            groups={
+                group.name: Group(group.learning_rate, group.weight_decay, len(group.parameters))
+                for group in engine.groups
+            },
         )
