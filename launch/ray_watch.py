@@ -25,7 +25,7 @@ _PULSE_SHARE = 0.005  # seconds per worker and question: 512 workers are asked e
 _WISH_SECONDS = 1.0  # between two looks at the cluster
 _UNANSWERED_SECONDS = 3.0  # a pulse that takes longer raises the question whether the machine can be reached at all
 _FAILED_PROBES = 2  # in a row, until a machine counts as lost
-_LAST_EVENTS_SECONDS = 5.0
+_LAST_EVENTS_SECONDS, _LAST_EVENTS_OF_LOST_SECONDS = 10.0, 1.0
 _TELL_SECONDS = 5.0  # for a machine to tell how many processes it has killed for memory
 
 
@@ -54,7 +54,7 @@ class Watch:
         they may go without a step.
         """
         ray = import_ray()
-        pending = list(self._runs)
+        pending, last_words = list(self._runs), _LAST_EVENTS_SECONDS
         try:
             while pending:
                 done, pending = ray.wait(pending, num_returns=len(pending), timeout=_POLL_SECONDS)
@@ -63,8 +63,11 @@ class Watch:
                 self._take_pulses()
                 self._require_life(patience)
                 self._pass_on_requests(stop, wish)
+        except Lost:
+            last_words = _LAST_EVENTS_OF_LOST_SECONDS
+            raise
         finally:
-            self._take_last_events()
+            self._take_last_events(last_words)
         result: StageResult = ray.get(self._runs[0])
         return result
 
@@ -98,12 +101,12 @@ class Watch:
             self._machines.give_notice(self._workers[rank].machine.node)
         return True
 
-    def _take_last_events(self) -> None:
+    def _take_last_events(self, seconds: float) -> None:
         """Of rank 0: what is under way first, then the rest."""
         call, _ = self._pulses.pop(0, (None, 0.0))
-        if call is not None and not self._note_answer(0, call, _LAST_EVENTS_SECONDS):
+        if call is not None and not self._note_answer(0, call, seconds):
             return
-        self._note_answer(0, self._workers[0].actor.pulse.remote(), _LAST_EVENTS_SECONDS)
+        self._note_answer(0, self._workers[0].actor.pulse.remote(), seconds)
 
     def _require_life(self, patience: float) -> None:
         now = time.monotonic()
@@ -119,7 +122,7 @@ class Watch:
             failed = 0 if worker.machine.answers() else self._unreachable.get(node, 0) + 1
             self._unreachable[node] = failed
             if failed >= _FAILED_PROBES:
-                raise Lost(f"machine {worker.machine.address} with {worker.name} cannot be reached")
+                raise Lost(f"{worker.name} cannot be reached")
 
     # --- requests -----------------------------------------------------------------------------------------------------
 

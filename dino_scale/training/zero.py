@@ -29,6 +29,9 @@ from dino_scale.training.optimizer import ParameterGroup
 from dino_scale.training.participation import Participation
 from dino_scale.training.partitions import MOMENTS, VERSION, Fragment, Partitions
 
+REDUCE_BUCKET = 50_000_000  # elements of gradients that travel at once; DeepSpeed's own 500 million fill 2 GB of a GPU
+PERSISTENT_PARAMETER = 100_000  # elements up to which stage 3 keeps a parameter whole (DeepSpeed's default)
+
 
 @dataclass(frozen=True)
 class StepOutcome:
@@ -237,7 +240,13 @@ def _deepspeed_config(
 ) -> dict[str, Any]:
     """DeepSpeed's JSON. Gradients of bfloat16 parameters are summed in float32, over microbatches and over workers:
     in bfloat16 the sum would depend on the number of workers."""
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": stage > 0}
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": False,
+        "contiguous_gradients": stage > 0,
+        "reduce_bucket_size": REDUCE_BUCKET,
+        "stage3_param_persistence_threshold": PERSISTENT_PARAMETER,
+    }
     config = {
         "train_micro_batch_size_per_gpu": microbatch,
         "gradient_accumulation_steps": accumulation,

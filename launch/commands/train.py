@@ -14,9 +14,11 @@ from dino_scale.config.schema import ChainConfig
 from launch.chain import run_chain
 from launch.engine import Engine
 from launch.engines import open_engine
+from launch.memory_check import check_memory
 from launch.preflight import check, with_absolute_paths
 from launch.progress import Progress
 from launch.run_folder import RunFolder
+from launch.security import require_no_secrets
 from launch.summary import print_summary
 
 
@@ -27,8 +29,11 @@ def train(chain: Path, run_dir: Path | None, overrides: Sequence[str]) -> None:
 
 def start(config: ChainConfig, run_dir: Path, beside: Sequence[str] = ()) -> None:
     """Run a chain in a new run folder, which may hold the entries named in `beside` already."""
+    require_no_secrets(leaves(config))
     engine = open_engine(config.launch)
     check(config, engine.workers)
+    if engine.is_primary:
+        check_memory(config, engine.workers)
     path = Path(os.path.abspath(run_dir))
     with Progress() as progress, engine:
         folder = engine.on_primary(lambda: RunFolder.create(path, config, beside))
@@ -43,9 +48,12 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> None:
     folder = RunFolder.open(path, overrides)
     before = leaves(load_chain(path / "config.yaml"))
     folder.config = with_absolute_paths(folder.config)
+    require_no_secrets(leaves(folder.config))
     engine = open_engine(folder.config.launch)
     if folder.next_stage() is not None:
         check(folder.config, engine.workers)
+        if engine.is_primary:
+            check_memory(folder.config, engine.workers)
     with Progress() as progress, engine, _held(folder, engine):
         if engine.is_primary:
             for key, (old, new) in differences(before, leaves(folder.config)).items():
