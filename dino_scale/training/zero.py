@@ -29,8 +29,7 @@ from dino_scale.training.optimizer import ParameterGroup
 from dino_scale.training.participation import Participation
 from dino_scale.training.partitions import MOMENTS, VERSION, Fragment, Partitions
 
-# elements of gradients that travel at once; DeepSpeed's 500 million would hold 2 GB of a GPU
-REDUCE_BUCKET = 50_000_000
+REDUCE_BUCKET = 50_000_000  # elements of gradients that travel at once; DeepSpeed's own 500 million fill 2 GB of a GPU
 PERSISTENT_PARAMETER = 100_000  # elements up to which stage 3 keeps a parameter whole (DeepSpeed's default)
 
 
@@ -68,6 +67,7 @@ class ZeroEngine:
         if bf16_parameters and stage == 0:
             raise ConfigError("bf16 parameters under ZeRO stage 0: expected stage 1, 2 or 3, or autocast (bf16)")
         self.stage = stage
+        self.bf16_parameters = bf16_parameters
         self.model = model
         self.kinds: tuple[str, ...] = ("fp32", *MOMENTS)
         self.groups = tuple(groups)
