@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from dino_scale.training.control import Event
 
 _SLOW = 1.5  # a worker is slow when its own work takes this many times the median of the others
-_NOTICEABLE_SECONDS = 0.05  # per step; a smaller lag is noise
+_NOTICEABLE_SECONDS = 0.1  # per step; a smaller lag is noise
+_MUTE_SECONDS = 5.0  # a worker that takes longer to answer does not only wait for others
 _SILENT_SECONDS = 15.0  # a worker that has answered nothing for this long is worth a line
 _STALLED_SECONDS = 20.0  # without a step of anybody
 
@@ -56,14 +57,15 @@ class Heartbeats:
         return self.silence(rank, now) + (pulse.idle_seconds if pulse else 0.0)
 
     def hung(self, patience: float, now: float) -> str | None:
-        """The rank without a step for longer than `patience` seconds, in words; the one most likely to be the cause.
+        """In words, if a rank has been without a step for longer than `patience` seconds: the likeliest cause.
 
-        One worker that hangs makes all of them wait, so the one that does not even answer is named first.
+        One worker that hangs makes all of them wait, so one that does not even answer is named rather than another.
         """
         waiting = [rank for rank in range(len(self.names)) if self.idle(rank, now) > patience]
         if not waiting:
             return None
-        rank = max(waiting, key=lambda rank: self.silence(rank, now))
+        mute = [rank for rank in range(len(self.names)) if self.silence(rank, now) > _MUTE_SECONDS]
+        rank = max(mute or waiting, key=lambda rank: self.idle(rank, now))
         return f"{self.names[rank]} has done no step for {self.idle(rank, now):.0f} s ({self._last_step(rank)})"
 
     def remarks(self, now: float) -> list[str]:

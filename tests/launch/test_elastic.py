@@ -115,6 +115,8 @@ def test_the_worker_that_does_not_answer_is_the_one_that_hangs() -> None:
     found.note(0, pulse(step=7, idle=100.0), 100.0)
     assert found.hung(99.0, 100.0) == "worker 1 has done no step for 100 s (last step 7)"
     assert found.hung(101.0, 100.0) is None
+    found.note(1, pulse(step=7), 10.0)
+    assert found.hung(95.0, 100.0) == "worker 1 has done no step for 90 s (last step 7)"
 
 
 def test_workers_that_answer_but_do_no_step_hang_too() -> None:

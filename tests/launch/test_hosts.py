@@ -277,7 +277,7 @@ def test_a_slow_worker_is_named_and_a_hung_one_replaced(
     fault = time.time()
     worker.suspend()
     record_property("hung worker, patience 12 s, seconds", job.seconds_to_new_step(fault + 5, world=2) + 5)
-    assert "has done no step for" in job.output
+    assert f"worker 1 on {host.address} has done no step for" in job.output
     stop(job)
 
 
