@@ -74,7 +74,7 @@ class RaySession:
             ) from None
         except ray.exceptions.AuthenticationError as error:
             raise UserError(
-                f"the Ray cluster at {self.launch.address} refuses the token of this machine ({_first_line(error)}): put "
+                f"the Ray cluster at {self.launch.address} refuses this machine's token ({_first_line(error)}): put "
                 "the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
             ) from None
         self._started = True
