@@ -86,13 +86,24 @@ def _compare_attention(
     if device.type == "cuda":
         ways["grid_sample compiled"] = torch.compile(attention_by_grid_sample)
         for name, (module, way) in peers().items():
-            if installed(module):
-                ways[name] = way
+            problem = "" if installed(module) else "not installed"
+            problem = problem or _failure(functools.partial(_attend, way, case, layer.level_shapes, backward))
+            if problem:
+                yield Row(layer.name, NAME[dtype], passes, f"{name} ({problem})", math.nan, math.nan)
             else:
-                yield Row(layer.name, NAME[dtype], passes, f"{name} (not installed)", math.nan, math.nan)
+                ways[name] = way
     ways["triton" if device.type == "cuda" else "numba"] = deform_attn
     runs = {name: functools.partial(_attend, way, case, layer.level_shapes, backward) for name, way in ways.items()}
     yield from _rows(layer.name, NAME[dtype], passes, _least_times(runs, device, turns))
+
+
+def _failure(run: Callable[[], object]) -> str:
+    """Why it cannot be measured, "" if it can: a peer built for something else shall not end the comparison."""
+    try:
+        run()
+    except Exception as error:
+        return f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return ""
 
 
 def attention_case(layer: Layer, dtype: torch.dtype, device: torch.device) -> Case:

@@ -97,7 +97,7 @@ class RayEngine:
         result = watch.wait(stop, lambda: self._reason_to_move(counts), 60.0 * self.launch.patience_minutes)
         if not result.interrupted or stop.requested or watch.paused_for is None:
             return result
-        show(MessageEvent(f"stage {job.stage}: saved at step {result.step}, because {watch.paused_for}"))
+        show(MessageEvent(f"{job.stage}: saved at step {result.step}, because {watch.paused_for}"))
         if self._session.is_local and self._machines.leaving():
             return result
         self._end_generation()

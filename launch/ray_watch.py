@@ -122,7 +122,7 @@ class Watch:
             failed = 0 if worker.machine.answers() else self._unreachable.get(node, 0) + 1
             self._unreachable[node] = failed
             if failed >= _FAILED_PROBES:
-                raise Lost(f"machine {worker.machine.address} with {worker.name} cannot be reached")
+                raise Lost(f"{worker.name} cannot be reached")
 
     # --- requests -----------------------------------------------------------------------------------------------------
 

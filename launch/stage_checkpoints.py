@@ -27,8 +27,10 @@ class StageCheckpoints:
         index_digest: str,
         global_size: int,
         say: Callable[[str], None],
+        present: str,
     ) -> None:
-        self._saver = Saver(root, engine, config.keep_last, say)
+        """present: name of the checkpoint that the engine was loaded from, empty when there is none."""
+        self._saver = Saver(root, engine, config.keep_last, say, present)
         self._keep_best = config.keep_best
         self._seed, self._index_digest, self._global_size = seed, index_digest, global_size
 

@@ -16,6 +16,7 @@ from data_pipeline.index import Index, ground_truth
 from data_pipeline.loader import evaluation_batches, microbatches_per_rank, training_microbatches
 from data_pipeline.replacement import BadSample
 from dino_scale.checkpoint import store
+from dino_scale.checkpoint.reshape import reshape
 from dino_scale.checkpoint.transfer import Transfer, carry_over, match_classes
 from dino_scale.checkpoint.weights import Preparation, Weights, load_weights, save_weights
 from dino_scale.config.schema import ChainConfig, StageConfig
@@ -34,6 +35,7 @@ from dino_scale.training.metrics import MetricsLog
 from dino_scale.training.objective import Objective
 from dino_scale.training.optimizer import aligned, group_table, parameter_groups
 from dino_scale.training.prefetch import on_device
+from dino_scale.training.sample_log import SampleLog, forget_after
 from dino_scale.training.schedule import total_steps
 from dino_scale.training.trainer import Progress, StageLength, Trainer
 from dino_scale.training.zero import ZeroEngine
@@ -101,6 +103,7 @@ class _StageRun:
             index_digest=self.index.digest,
             global_size=self.length.global_size,
             say=self._say,
+            present="" if newest is None else newest[0].name,
         )
         self.metrics: dict[str, float] = {}
 
@@ -116,6 +119,7 @@ class _StageRun:
             self.control,
             self.checkpoints,
             evaluate=self._evaluate,
+            samples=self._sample_log(),
         )
         start = self.progress.step
         if trainer.run(self._data(), self.progress):
@@ -201,6 +205,12 @@ class _StageRun:
         )
         return on_device(steps, device)
 
+    def _sample_log(self) -> SampleLog | None:
+        """Where the image ids of every step go, if they are wanted; earlier records of steps done again go first."""
+        folder = self.folder / "samples"
+        distributed.on_rank_zero(lambda: forget_after(folder, self.progress.step))
+        return SampleLog(folder, distributed.rank(), distributed.world_size()) if self.config.data.log_samples else None
+
     def _note_bad(self, bad: BadSample) -> None:
         """One line in bad_samples.jsonl; every rank appends its own, a short append is not torn."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -274,8 +284,10 @@ def start_from(model: Dino, path: Path, index: Index, config: StageConfig) -> Tr
     by_name = config.start.class_map == "name"
     choices = config.start.class_choices
     pairs = match_classes(weights.categories, index.categories, class_aliases(), choices) if by_name else []
+    target = model.state_dict()
+    fitted = reshape(weights.state, weights.model, target, model.config)
     return carry_over(
-        weights.state, model.state_dict(), model.class_tensors(), pairs, weights.categories, index.categories
+        fitted.state, target, model.class_tensors(), pairs, weights.categories, index.categories, fitted.changes
     )
 
 

@@ -20,6 +20,7 @@ import torch
 
 from dino_scale.checkpoint import store
 from dino_scale.checkpoint.manifest import Position
+from dino_scale.checkpoint.reshard import reshard
 from dino_scale.checkpoint.saver import Saver
 from dino_scale.config.schema import LossConfig, ModelConfig, OptimizerConfig
 from dino_scale.loss.criterion import Criterion
@@ -29,8 +30,6 @@ from dino_scale.training.ema import WeightAverage
 from dino_scale.training.objective import Objective
 from dino_scale.training.optimizer import parameter_groups
 from dino_scale.training.zero import ZeroEngine
-
-Reshard = Callable[[Path, Path, int], None]  # source, new folder, number of shards
 
 _BLOCK = 4 << 20
 _CLASSES = 80
@@ -72,8 +71,8 @@ def build_engine(config: ModelConfig) -> ZeroEngine:
     return engine
 
 
-def measure(engine: ZeroEngine, folder: Path, turns: int, reshard: Reshard | None = None) -> list[Row]:
-    """Rows about saving, loading and, if given, resharding; `folder` is new and lies on the disk to be measured."""
+def measure(engine: ZeroEngine, folder: Path, turns: int) -> list[Row]:
+    """Rows about saving, loading and resharding; `folder` is new and lies on the disk to be measured."""
     rows, plain = _plain_save(engine, folder / "plain", turns)
     before = _resident()
     _forget_peak()
@@ -83,9 +82,7 @@ def measure(engine: ZeroEngine, folder: Path, turns: int, reshard: Reshard | Non
     rows += _saves(saver, size, plain, turns, _raw_write(folder / "raw", saver.bytes, turns))
     rows.append(_memory("peak extra memory of saving", before, size))
     rows += _loads(engine, folder, size, turns)
-    if reshard is not None:
-        rows += _on_first(lambda: _resharding(reshard, folder, size))
-    return rows
+    return rows + distributed.on_rank_zero(lambda: _resharding(folder, size))
 
 
 def _plain_save(engine: ZeroEngine, folder: Path, turns: int) -> tuple[list[Row], float]:
@@ -164,7 +161,7 @@ def _loads(engine: ZeroEngine, folder: Path, size: float, turns: int) -> list[Ro
             _raw_read(own)
         _forget(own)
         with _timed(verifying):
-            newest = distributed.on_rank_zero(lambda: store.find_newest(root, _refuse))
+            newest = store.find_newest_together(root, _refuse)
         assert newest is not None
         with _timed(reading):
             store.load(*newest, engine)
@@ -172,12 +169,12 @@ def _loads(engine: ZeroEngine, folder: Path, size: float, turns: int) -> list[Ro
     return [
         Row("raw read of as many bytes, from disk", min(raw), "s"),
         Row("load", total, "s", "raw read", total / min(raw)),
-        Row("of which verifying digests (rank 0)", min(verifying), "s"),
+        Row("of which verifying digests", min(verifying), "s"),
         Row("load, throughput", size / total / 1e9, "GB/s"),
     ]
 
 
-def _resharding(reshard: Reshard, folder: Path, size: float) -> list[Row]:
+def _resharding(folder: Path, size: float) -> list[Row]:
     source = store.list_checkpoints(folder / "checkpoints")[-1]
     begin = time.perf_counter()
     reshard(source, folder / "resharded", _PARTS)
@@ -232,10 +229,6 @@ def _slowest(seconds: float) -> float:
 
 def _sum(value: float) -> float:
     return sum(distributed.gather_objects(value))
-
-
-def _on_first(function: Callable[[], list[Row]]) -> list[Row]:
-    return distributed.on_rank_zero(function)
 
 
 def _memory(what: str, before: int, size: float) -> Row:

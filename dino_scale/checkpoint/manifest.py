@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from dino_scale.errors import CheckpointError
 
 FORMAT = "dino-scale checkpoint"
 VERSION = 2
+RANDOM_RULE = 1  # draws come from seed, step and microbatch as training/determinism.py derives them
 FILE_NAME = "manifest.json"
 COMMON = "common.safetensors"
 
@@ -62,6 +63,15 @@ class Position:
 
 
 @dataclass(frozen=True)
+class Group:
+    """A parameter group of the writing run: its rate at schedule factor 1, its decay, the number of its tensors."""
+
+    learning_rate: float
+    weight_decay: float
+    tensors: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything about a checkpoint except the numbers.
 
@@ -69,6 +79,9 @@ class Manifest:
     samples_seen: position in the stage's sample stream (the data cursor). world_size, zero_stage: of the writing run,
     for information only. index_digest: of the training set's index. parameters: global shape by name.
     pieces: where the elements of each parameter lie. kinds: "fp32", "exp_avg", "exp_avg_sq" and, with averaging, "ema".
+    bf16_parameters: whether the writing run computed with bf16 parameters (what is saved are its float32 masters), and
+    groups: by name, both for information. random_rule: which version of the rule behind random draws the run follows
+    (training/determinism.py); another one would go on with other draws.
     """
 
     step: int
@@ -85,6 +98,9 @@ class Manifest:
     files: dict[str, FileEntry]
     libraries: dict[str, str]
     best: Best | None = None
+    bf16_parameters: bool = False
+    groups: dict[str, Group] = field(default_factory=dict)
+    random_rule: int = RANDOM_RULE
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1, allow_nan=False)
@@ -132,7 +148,7 @@ def _said_by(error: Exception) -> str:
 
 
 def _decode(data: dict[str, Any]) -> Manifest:
-    counts = ("step", "optimizer_steps", "skipped_steps", "samples_seen", "world_size", "zero_stage")
+    counts = ("step", "optimizer_steps", "skipped_steps", "samples_seen", "world_size", "zero_stage", "random_rule")
     for name in counts:
         _count(data[name], name)
     data["kinds"] = tuple(_text(kind, "kinds") for kind in data["kinds"])
@@ -143,7 +159,10 @@ def _decode(data: dict[str, Any]) -> Manifest:
     data["files"] = {_plain_name(name): _file_entry(item, name) for name, item in data["files"].items()}
     data["libraries"] = {name: _text(version, name) for name, version in data["libraries"].items()}
     data["best"] = None if data["best"] is None else _best(data["best"])
+    data["groups"] = {name: _group(item, name) for name, item in data["groups"].items()}
     _text(data["index_digest"], "index_digest")
+    if type(data["bf16_parameters"]) is not bool:
+        raise ValueError(f"bf16_parameters is {data['bf16_parameters']!r}")
     if type(data["seed"]) is not int:
         raise ValueError(f"seed is {data['seed']!r}")
     return Manifest(**data)
@@ -174,6 +193,13 @@ def _best(item: dict[str, Any]) -> Best:
     if not math.isfinite(best.value):
         raise ValueError(f"best has the value {best.value}")
     return best
+
+
+def _group(item: dict[str, Any], name: str) -> Group:
+    group = Group(float(item["learning_rate"]), float(item["weight_decay"]), _count(item["tensors"], name))
+    if not (math.isfinite(group.learning_rate) and math.isfinite(group.weight_decay)):
+        raise ValueError(f"group {name} has {group}")
+    return group
 
 
 def _file_entry(item: dict[str, Any], name: str) -> FileEntry:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dino_scale.checkpoint import layout
 from dino_scale.checkpoint.background import BackgroundWrite, Shipment
-from dino_scale.checkpoint.manifest import Manifest, Position
+from dino_scale.checkpoint.manifest import Group, Manifest, Position
 from dino_scale.checkpoint.snapshot import Snapshot
 from dino_scale.errors import SaveError
 from dino_scale.training import distributed
@@ -25,10 +25,13 @@ _LAST_SECONDS = 5.0  # that a run which ends with an error gives a save in progr
 class Saver:
     """Writes the state of an engine into a folder of checkpoints, at most one at a time."""
 
-    def __init__(self, root: Path, engine: ZeroEngine, keep_last: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, root: Path, engine: ZeroEngine, keep_last: int, say: Callable[[str], None], present: str = ""
+    ) -> None:
         """Takes the memory for the copies. `root` lies where all ranks see it, and only this run writes there.
 
-        say: called on every rank with what the user should know.
+        say: called on every rank with what the user should know. present: the checkpoint that the engine was loaded
+        from, if any; it is not written again.
         """
         self.root, self._engine, self._keep_last, self._say = root, engine, keep_last, say
         self._snapshot = Snapshot(engine)
@@ -36,7 +39,7 @@ class Saver:
         self._attempts = 0
         self._write: BackgroundWrite | None = None
         self._required = False
-        self._saved: tuple[str, Position] | None = None  # the last one that was begun and has not failed
+        self._saved = present  # the last one that was begun and has not failed
         self._libraries = {name: metadata.version(name) for name in ("torch", "deepspeed", "safetensors")}
         if distributed.rank() == 0:
             layout.remove_leftovers(root)
@@ -50,10 +53,10 @@ class Saver:
         """
         self.settle()
         name = layout.checkpoint_name(position.step, best)
-        if self._saved == (name, position):
-            return  # nothing has happened since
+        if self._saved == name:
+            return  # no step has been done since; replacing a whole checkpoint would be a risk for nothing
         self._snapshot.take()
-        self._saved, self._required = (name, position), required
+        self._saved, self._required = name, required
         self._attempts += 1
         self._write = BackgroundWrite(
             Shipment(
@@ -101,7 +104,7 @@ class Saver:
             self._give_up(write, reason)
 
     def _give_up(self, write: BackgroundWrite, reason: str) -> None:
-        self._saved = None
+        self._saved = ""
         shipment = write.shipment
         if distributed.rank() == 0:
             shutil.rmtree(shipment.partial, ignore_errors=True)  # on a full disk, room for the next attempt
@@ -138,4 +141,9 @@ class Saver:
             files={},
             libraries=self._libraries,
             best=position.best,
+            bf16_parameters=engine.bf16_parameters,
+            groups={
+                group.name: Group(group.learning_rate, group.weight_decay, len(group.parameters))
+                for group in engine.groups
+            },
         )

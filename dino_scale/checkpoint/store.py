@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dino_scale.checkpoint.layout import list_candidates, list_checkpoints
-from dino_scale.checkpoint.manifest import COMMON, Best, Manifest, Position, verify
+from dino_scale.checkpoint.manifest import COMMON, RANDOM_RULE, Best, Manifest, Position, verify
 from dino_scale.checkpoint.ranges import ParameterReader
 from dino_scale.checkpoint.saver import Saver
 from dino_scale.checkpoint.verification import verify_together
@@ -84,6 +84,11 @@ def load(folder: Path, manifest: Manifest, engine: ZeroEngine) -> None:
     The caller has verified the folder (`find_newest`). CheckpointError when names, shapes or kinds differ.
     """
     _require_same_parameters(folder, manifest, engine)
+    if manifest.random_rule != RANDOM_RULE:
+        raise CheckpointError(
+            f"{folder}: its run draws random numbers by rule {manifest.random_rule}, this program by {RANDOM_RULE}: "
+            "resume with the dino-scale that wrote it"
+        )
     try:
         with ParameterReader(folder, manifest) as reader:
             for fragment in engine.fragments:

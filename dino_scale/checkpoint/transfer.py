@@ -18,11 +18,15 @@ from dino_scale.structures import Category
 
 @dataclass(frozen=True)
 class Transfer:
-    """What was carried over. classes: (new class name, old class name or None when it starts afresh)."""
+    """What was carried over. classes: (new class name, old class name or None when it starts afresh).
+
+    changes: a line for each difference between the models that was bridged (see `reshape.py`).
+    """
 
     parameters: int
     classes: tuple[tuple[str, str | None], ...]
     reinitialised: tuple[str, ...]
+    changes: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """One line for the person who watches."""
@@ -30,10 +34,14 @@ class Transfer:
         return (
             f"{self.parameters} tensors carried over, class rows of {mapped} of {len(self.classes)} classes by name"
             + (f", {len(self.reinitialised)} tensors initialised anew" if self.reinitialised else "")
+            + "".join(f"; {change}" for change in self.changes)
         )
 
     def table(self) -> list[str]:
-        """One line per class."""
+        """One line per change of the model and per class."""
+        return [*self.changes, *self._classes()]
+
+    def _classes(self) -> list[str]:
         return [f"{new} <- {old}" if old is not None else f"{new} (new)" for new, old in self.classes]
 
 
@@ -83,24 +91,34 @@ def carry_over(
     pairs: Sequence[tuple[int, int]],
     old: Sequence[Category],
     new: Sequence[Category],
+    changes: Sequence[str] = (),
 ) -> Transfer:
     """Copy `state` into `target` (references to the new model's tensors), class rows by `pairs`.
 
     class_tensors: names whose first dimension counts classes (and possibly one more row for "no class", copied as it
-    is). CheckpointError when a tensor that is not about classes is missing or of another shape.
+    is). changes: what was bridged before, for the record. CheckpointError when a tensor that is not about classes is
+    missing, left over or of another shape.
     """
     class_tensors = set(class_tensors)
+    if left := sorted(state.keys() - target.keys()):
+        raise CheckpointError(
+            f"{left[0]} is in the weights to start from but not in this model ({len(left)} such tensor(s)): the two "
+            "stages need the same model but for levels, queries and decoder layers"
+        )
     copied = 0
     for name, destination in target.items():
         if name not in state:
-            raise CheckpointError(f"{name} is not in the weights to start from: its model differs from this one")
+            raise CheckpointError(
+                f"{name} is not in the weights to start from: the two stages need the same model but for levels, "
+                "queries and decoder layers"
+            )
         source = state[name]
         if name in class_tensors:
             _copy_rows(source, destination, pairs, len(old), len(new))
         elif source.shape != destination.shape:
             raise CheckpointError(
                 f"{name} has shape {tuple(source.shape)} in the weights to start from, but {tuple(destination.shape)} "
-                "here: the two stages need the same model"
+                "here: the two stages need the same model but for levels, queries and decoder layers"
             )
         else:
             destination.copy_(source)
@@ -109,7 +127,7 @@ def carry_over(
     classes = tuple(
         (category.name, old[by_new[index]].name if index in by_new else None) for index, category in enumerate(new)
     )
-    return Transfer(copied, classes, tuple(sorted(class_tensors)) if not pairs else ())
+    return Transfer(copied, classes, tuple(sorted(class_tensors)) if not pairs else (), tuple(changes))
 
 
 def _copy_rows(

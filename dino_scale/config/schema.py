@@ -112,6 +112,7 @@ class DataConfig:
     order: Literal["permutation", "windowed", "size_planned"] = "permutation"
     bad_share: float = 0.001  # unreadable images may be replaced up to this share of those seen (at least one epoch)
     pad_multiple: int = 1  # padded height and width are rounded up to a multiple of this, for compiled models
+    log_samples: bool = False  # write the image ids of every step to samples/ in the stage's folder
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1] (ImageNet)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 

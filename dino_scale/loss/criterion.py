@@ -18,8 +18,8 @@ from dino_scale.model.outputs import DenoisingOutputs, Outputs
 from dino_scale.structures import Targets
 from kernels.transfer import to_device
 
-_PARTS = ("class", "box", "giou")
 Matcher = Callable[[Tensor, Tensor, Targets, LossConfig], Tensor]  # as `match_layers`
+_PARTS = ("class", "box", "giou")
 
 
 class Criterion:
@@ -29,10 +29,9 @@ class Criterion:
     workers add up to the loss of the batch; denoising sums are divided by box_count * groups.
     """
 
-    def __init__(self, config: LossConfig, match: Matcher = match_layers) -> None:
-        """match: who assigns boxes to queries; another one only where tensors have no values (the plan of memory)."""
-        self.config = config
-        self.match = match
+    def __init__(self, config: LossConfig, matcher: Matcher = match_layers) -> None:
+        """matcher: another one only to compare with, or where tensors have no values (the plan of memory)."""
+        self.config, self.matcher = config, matcher
 
     def __call__(self, outputs: Outputs, targets: Targets, box_count: float | Tensor) -> dict[str, Tensor]:
         """ "total" (weighted, differentiable) and the unweighted parts "decoder0/class", ..., "denoising0/giou".
@@ -41,7 +40,7 @@ class Criterion:
         """
         logits, boxes = _with_encoder(outputs)
         image = _image_of_targets(targets, logits.device)
-        query = self.match(logits, boxes, targets, self.config)
+        query = self.matcher(logits, boxes, targets, self.config)
         names = [f"decoder{layer}" for layer in range(len(outputs.logits))]
         if outputs.encoder_logits is not None:
             names.append("encoder")

@@ -21,14 +21,15 @@ class MetricsLog:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _keep_until(path, resumed_step)
+            keep_until(path, resumed_step)
 
     def write(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
-def _keep_until(path: Path, step: int) -> None:
+def keep_until(path: Path, step: int) -> None:
+    """Drop the lines of later steps from a file of JSON objects that have a "step"; the rest stays as it is."""
     kept = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -20,6 +20,7 @@ from dino_scale.training.determinism import seed_microbatch
 from dino_scale.training.ema import WeightAverage
 from dino_scale.training.metrics import MetricsLog, Stopwatch, memory_megabytes
 from dino_scale.training.own_time import OwnTime
+from dino_scale.training.sample_log import SampleLog
 from dino_scale.training.schedule import rate_factor
 from dino_scale.training.zero import StepOutcome, ZeroEngine
 
@@ -83,11 +84,12 @@ class Trainer:
         control: Control,
         checkpoints: Checkpoints,
         evaluate: Callable[[Progress], None],
+        samples: SampleLog | None = None,
     ) -> None:
         """`checkpoints` and `evaluate` are called on every rank, at the steps that the configuration names."""
         self.name, self.config, self.seed, self.length = name, config, seed, length
         self.engine, self.average, self.log, self.control = engine, average, log, control
-        self.checkpoints, self.evaluate = checkpoints, evaluate
+        self.checkpoints, self.evaluate, self.samples = checkpoints, evaluate, samples
         self.device = distributed.device()
         self.watch = Stopwatch()
         self.last_save = time.monotonic()
@@ -168,6 +170,8 @@ class Trainer:
         first = distributed.rank() * len(microbatches)
         scale = len(microbatches) * distributed.world_size()
         outcome = None
+        if self.samples is not None:
+            self.samples.write(step + 1, first, microbatches)
         for number, batch in enumerate(microbatches, start=first):
             generator = seed_microbatch(self.seed, step, number)
             with self.own_time.measured():

@@ -67,6 +67,7 @@ class ZeroEngine:
         if bf16_parameters and stage == 0:
             raise ConfigError("bf16 parameters under ZeRO stage 0: expected stage 1, 2 or 3, or autocast (bf16)")
         self.stage = stage
+        self.bf16_parameters = bf16_parameters
         self.model = model
         self.kinds: tuple[str, ...] = ("fp32", *MOMENTS)
         self.groups = tuple(groups)

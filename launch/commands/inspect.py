@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dino_scale.checkpoint.inspection import Inspection, inspect
+from dino_scale.checkpoint.manifest import Manifest
 from dino_scale.errors import CheckpointError, UserError
 
 _MEGABYTE = 1e6
@@ -50,20 +51,21 @@ def _as_json(found: Inspection) -> dict[str, Any]:
 
 
 def _show(folder: Path, found: Inspection) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     manifest = found.manifest
-    facts = Table(title=str(folder), title_justify="left", show_header=False)
+    console.print(str(folder))
     skipped = f" ({manifest.skipped_steps} skipped)" if manifest.skipped_steps else ""
-    for row in (
+    for name, value in (
         ("step", f"{manifest.step:,}{skipped}, {manifest.samples_seen:,} samples seen"),
-        ("written by", f"{manifest.world_size} worker(s), ZeRO {manifest.zero_stage}"),
+        ("written by", f"{manifest.world_size} worker(s), ZeRO {manifest.zero_stage}, {_precision(manifest)}"),
         ("kinds", ", ".join(manifest.kinds)),
         ("trained parameters", f"{found.elements:,} in {found.tensors} tensors"),
         ("size", f"{found.bytes / _MEGABYTE:,.1f} MB in {len(found.files)} files"),
         ("libraries", ", ".join(f"{name} {version}" for name, version in manifest.libraries.items())),
     ):
-        facts.add_row(*row)
-    console.print(facts)
+        console.print(f"  {name:<20}{value}")
+    if manifest.groups:
+        console.print(_group_table(manifest))
     files = Table(title_justify="left")
     files.add_column("file")
     for heading in ("MB", "pieces"):
@@ -73,3 +75,17 @@ def _show(folder: Path, found: Inspection) -> None:
         size = f"{state.bytes / _MEGABYTE:,.2f}"
         files.add_row(state.name, size, str(state.pieces), state.problem or "as written")
     console.print(files)
+
+
+def _precision(manifest: Manifest) -> str:
+    return "bf16 parameters beside fp32 masters" if manifest.bf16_parameters else "fp32 parameters"
+
+
+def _group_table(manifest: Manifest) -> Table:
+    table = Table(title_justify="left")
+    table.add_column("parameter group")
+    for heading in ("learning rate", "weight decay", "tensors"):
+        table.add_column(heading, justify="right")
+    for name, group in manifest.groups.items():
+        table.add_row(name, f"{group.learning_rate:.3g}", f"{group.weight_decay:.3g}", str(group.tensors))
+    return table

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from dino_scale.checkpoint.reshard import reshard
 from dino_scale.checkpoint.tensor_file import FileEntry
 from dino_scale.checkpoint.verification import share
@@ -43,3 +45,12 @@ def test_files_are_dealt_evenly_and_each_once() -> None:
     shares = [share(files, rank, 3) for rank in range(3)]
     assert sorted(name for own in shares for name in own) == sorted(files)
     assert [sum(files[name].bytes for name in own) for own in shares] == [90, 100, 80]
+
+
+def test_another_rule_of_random_draws_is_refused(tmp_path: Path) -> None:
+    run_ranks(save_wide, 1, 1, str(tmp_path))
+    (folder,) = tmp_path.iterdir()
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"random_rule": 1', '"random_rule": 2'))
+    with pytest.raises(AssertionError, match="draws random numbers by rule 2, this program by 1"):
+        run_ranks(bytes_read, 1, 1, str(tmp_path))

@@ -130,7 +130,15 @@ def test_checkpoint_larger_than_memory(tmp_path: Path) -> None:
 def test_inspect_shows_tables(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(source)]) == 0
     shown = capsys.readouterr().out
-    for text in ("3 worker(s), ZeRO 2", "178 in 4 tensors", "(1 skipped)", "fp32, exp_avg, exp_avg_sq", "shard-00002"):
+    for text in (
+        "3 worker(s), ZeRO 2, fp32 parameters",
+        "0.05",
+        "2e-05",
+        "178 in 4 tensors",
+        "(1 skipped)",
+        "fp32, exp_avg, exp_avg_sq",
+        "shard-00002",
+    ):
         assert text in shown, shown
 
 

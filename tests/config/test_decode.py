@@ -301,9 +301,9 @@ def test_all_problems_are_reported_at_once_with_the_file_they_stand_in(tmp_path:
     text = "modle: 1\nstages:\n  a: {extends: base.yaml, zero_stage: 5}\n  b: {extends: base.yaml}\n"
     assert problems(tmp_path, text, "seed=x") == [
         "chain.yaml:1: modle: unknown key (did you mean model?)",
-        "base.yaml:2: stages.a.precision: is bf61, expected one of fp32, bf16 (did you mean bf16?)",
+        "base.yaml:2: stages.a.precision: is bf61, expected one of fp32, bf16, bf16_parameters (did you mean bf16?)",
         "chain.yaml:3: stages.a.zero_stage: is 5, expected one of 0, 1, 2, 3",
-        "base.yaml:2: stages.b.precision: is bf61, expected one of fp32, bf16 (did you mean bf16?)",
+        "base.yaml:2: stages.b.precision: is bf61, expected one of fp32, bf16, bf16_parameters (did you mean bf16?)",
         "--set seed: seed: is x, expected a whole number",
     ]
 

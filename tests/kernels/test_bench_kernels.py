@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import functools
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,10 +76,8 @@ def test_samples_of_dcnv4() -> None:
     x, y = case[3][image, query, level] + case[1][image, query, head, level, point] / torch.tensor([width, height])
     pair = (level * 4 + point) * 2
     assert joined[image, query, head, pair : pair + 2].tolist() == [x.half().item(), y.half().item()]
-    assert (
-        joined[image, query, head, 2 * 4 * 2 + level * 4 + point]
-        == case[2][image, query, head, level * 4 + point].half()
-    )
+    logit = case[2][image, query, head, level * 4 + point]
+    assert joined[image, query, head, 2 * 4 * 2 + level * 4 + point] == logit.half()
 
 
 def test_first_tokens_of_levels() -> None:
@@ -85,7 +87,11 @@ def test_first_tokens_of_levels() -> None:
 
 def test_a_peer_that_is_not_there_is_not_measured() -> None:
     assert not bench_peers.installed("surely_not_installed") and bench_peers.installed("torch")
+    layer = SMALL[0]
+    case = bench.attention_case(layer, torch.float32, torch.device("cpu"))
     assert set(bench_peers.peers()) == {"official op", "DCNv4 FlashDeformAttn", "msda-triton"}
+    failing = functools.partial(bench_peers.attention_by_dcnv4, *case, layer.level_shapes)
+    assert bench._failure(failing).startswith("failed: ModuleNotFoundError: No module named 'DCNv4")
     row = bench.Row("encoder", "bf16", "forward", "msda-triton (not installed)", math.nan, math.nan)
     assert bench_kernels._figures(row) == "msda-triton (not installed)" and bench_kernels._numbers(row) == ("", "")
 
@@ -123,3 +129,12 @@ def test_command_refuses_what_it_cannot_do(tmp_path: Path, capsys: pytest.Captur
     if not torch.cuda.is_available():
         assert main(["bench", "kernels", "--device", "cuda", "--out", str(tmp_path / "new.csv")]) == 2
         assert "needs a CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, and the session would take minutes")
+def test_gpu_session_refuses_a_machine_without_one(tmp_path: Path) -> None:
+    script = Path(bench.__file__).with_name("gpu_session.sh")
+    command = ["sh", str(script), str(tmp_path / "results")]
+    result = subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True)
+    assert result.returncode == 2 and "torch sees no CUDA device" in result.stderr
+    assert not (tmp_path / "results").exists()

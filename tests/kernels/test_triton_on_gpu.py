@@ -9,15 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino_scale.config.schema import LossConfig
-from dino_scale.loss.criterion import Criterion
-from dino_scale.model.dino import build_model
-from dino_scale.model.preprocess import normalise
-from dino_scale.structures import Batch
 from kernels.deform_attn import deform_attn, op
 from kernels.matching import match
 from tests.support.attention_cases import Case, assert_close, make_case
-from tests.support.tiny_detector import CLASSES, generator, targets, tiny
 
 pytestmark = [
     pytest.mark.gpu,
@@ -97,6 +91,14 @@ def test_matching_does_not_wait_for_the_host() -> None:
 
 def test_a_training_step_does_not_wait_for_the_host() -> None:
     """From the batch on the host to the gradients: the first step compiles and fills caches, the second is watched."""
+    pytest.importorskip("timm", reason="the detector needs timm; the kernels do not")
+    from dino_scale.config.schema import LossConfig
+    from dino_scale.loss.criterion import Criterion
+    from dino_scale.model.dino import build_model
+    from dino_scale.model.preprocess import normalise
+    from dino_scale.structures import Batch
+    from tests.support.tiny_detector import CLASSES, generator, targets, tiny
+
     torch.manual_seed(0)
     model, criterion = build_model(tiny(attention="auto"), CLASSES).cuda().train(), Criterion(LossConfig())
     pixels = torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8)

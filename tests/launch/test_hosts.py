@@ -25,7 +25,8 @@ from tests.support.hosts import Host, RayHosts, ray_hosts, why_not
 NO_HOSTS = why_not()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NO_HOSTS is not None, reason=str(NO_HOSTS))]
 
-STEPS, FAULT_STEP, EVERY = 300, 12, 10
+STEPS, FAULT_STEP, EVERY = 120, 12, 10
+ENDLESS = "stages.only.schedule.steps=100000"
 CHAIN = """
 name: hosts
 model: {{extends: {configs}/model/small.yaml, hidden: 32, heads: 2, feedforward: 32}}
@@ -133,35 +134,34 @@ def give_back(cluster: RayHosts, host: Host) -> None:
     cluster.join(host)
 
 
-def assert_each_step_once(job: Job, steps: int) -> None:
-    assert [(line["step"], line["samples_seen"]) for line in job.lines()] == [(n, 4 * n) for n in range(1, steps + 1)]
+def assert_each_step_once(job: Job) -> None:
+    """The log holds every step of the trajectory once, each with as many samples as the batch says."""
+    done = range(1, len(job.lines()) + 1)
+    assert [(line["step"], line["samples_seen"]) for line in job.lines()] == [(step, 4 * step) for step in done]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: RayHosts, chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     job = train(cluster, chain, tmp_path_factory.mktemp("undisturbed") / "run")
     job.end(0)
-    assert_each_step_once(job, STEPS)
-    assert {line["world_size"] for line in job.lines()} == {2}
+    assert_each_step_once(job)
+    assert {line["world_size"] for line in job.lines()} == {2} and len(job.lines()) == STEPS
     return job
 
 
-def assert_same_result(job: Job, undisturbed: Job) -> None:
-    """The same trajectory, up to the order in which numbers are added up (which training magnifies, so early steps)."""
-    assert_each_step_once(job, STEPS)
-    pairs = [(line["loss"], other["loss"]) for line, other in zip(job.lines(), undisturbed.lines(), strict=True)]
+def assert_same_trajectory(job: Job, undisturbed: Job) -> None:
+    """Up to the order in which numbers are added up, which training magnifies: early steps are judged strictly."""
+    assert_each_step_once(job)
+    pairs = [(line["loss"], other["loss"]) for line, other in zip(job.lines(), undisturbed.lines(), strict=False)]
+    assert len(pairs) > FAULT_STEP + EVERY
     assert [one for one, _ in pairs[:50]] == pytest.approx([other for _, other in pairs[:50]], rel=1e-3)
     assert [one for one, _ in pairs] == pytest.approx([other for _, other in pairs], rel=0.05)
-    one, other = (load_file(run / "only" / "weights.safetensors") for run in (job.run, undisturbed.run))
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.isfinite(one[name].float()).all(), name
 
 
 def test_a_host_is_killed_and_comes_back(
     cluster: RayHosts, chain: Path, undisturbed: Job, tmp_path: Path, record_property: Record
 ) -> None:
-    job = train(cluster, chain, tmp_path / "run")
+    job = train(cluster, chain, tmp_path / "run", ENDLESS)
     job.wait_for_step(FAULT_STEP)
     fault = time.time()
     cluster.workers[0].kill()
@@ -169,13 +169,14 @@ def test_a_host_is_killed_and_comes_back(
     cluster.workers[0].restart()
     back = time.time()
     cluster.join(cluster.workers[0])
+    joined = time.time()
+    record_property("of the following, seconds of ray start", round(joined - back, 1))
     record_property("host comes back, seconds from ray start", job.seconds_to_new_step(back, world=2))
-    record_property("of these, ray start", round(time.time() - back, 1))
-    job.end(0)
+    stop(job)
     worlds = [line["world_size"] for line in job.lines()]
     assert [world for world, _ in itertools.groupby(worlds)] == [2, 1, 2]
     assert worlds.index(1) % EVERY == 0, "it did not continue from a checkpoint"
-    assert_same_result(job, undisturbed)
+    assert_same_trajectory(job, undisturbed)
 
 
 def test_a_host_is_cut_off_the_job_is_stopped_and_everything_is_lost(
@@ -198,13 +199,23 @@ def test_a_host_is_cut_off_the_job_is_stopped_and_everything_is_lost(
     job = Job(cluster, job.run, "resume", str(job.run))
     record_property("resume after everything was lost, seconds", job.seconds_to_new_step(fault, world=2))
     job.end(0)
-    assert_same_result(job, undisturbed)
+    assert len(job.lines()) == STEPS
+    assert_same_trajectory(job, undisturbed)
+    one, other = (flat_weights(each.run) for each in (job, undisturbed))
+    distance = float((one - other).norm() / other.norm())
+    record_property("relative distance of the final weights", distance)
+    assert distance < 1e-2
+
+
+def flat_weights(run: Path) -> torch.Tensor:
+    tensors = load_file(run / "only" / "weights.safetensors")
+    return torch.cat([tensors[name].float().flatten() for name in sorted(tensors)])
 
 
 def test_a_killed_raylet_is_a_lost_host(
     cluster: RayHosts, chain: Path, tmp_path: Path, record_property: Record
 ) -> None:
-    job = train(cluster, chain, tmp_path / "run", "launch.retries=1")
+    job = train(cluster, chain, tmp_path / "run", "launch.retries=1", ENDLESS)
     job.wait_for_step(FAULT_STEP)
     fault = time.time()
     (raylet,) = [process for process in cluster.workers[0].processes("raylet") if process.name() == "raylet"]
@@ -217,7 +228,7 @@ def test_a_killed_raylet_is_a_lost_host(
 def test_a_host_is_drained_then_another_gives_notice(
     cluster: RayHosts, chain: Path, tmp_path: Path, record_property: Record
 ) -> None:
-    job = train(cluster, chain, tmp_path / "run", "launch.patience_minutes=5")
+    job = train(cluster, chain, tmp_path / "run", "launch.patience_minutes=5", ENDLESS)
     job.wait_for_step(FAULT_STEP)
     fault = time.time()
     drain(cluster, cluster.workers[1])
@@ -255,7 +266,7 @@ def drain(cluster: RayHosts, host: Host) -> None:
 def test_a_slow_worker_is_named_and_a_hung_one_replaced(
     cluster: RayHosts, chain: Path, tmp_path: Path, record_property: Record
 ) -> None:
-    job = train(cluster, chain, tmp_path / "run", "launch.patience_minutes=0.2", "stages.only.schedule.steps=100000")
+    job = train(cluster, chain, tmp_path / "run", "launch.patience_minutes=0.2", ENDLESS)
     job.wait_for_step(FAULT_STEP)
     host = cluster.workers[1]
     (worker,) = host.processes("ray::WorkerProcess")

@@ -42,20 +42,29 @@ def test_packing_on_ray(split: Split, tmp_path: Path) -> None:
     pack(split.annotations, [split.images], tmp_path / "here", samples_per_shard=8)
     expected = digests(tmp_path / "here")
     with RayTasks("local", 2, ignore) as runner:
-        _processes_that_die_are_replaced(runner, split, tmp_path, expected)
+        _a_process_that_dies_is_replaced(runner, split, tmp_path, expected, before=True)
         _an_error_keeps_what_is_finished(runner, split, tmp_path, expected)
         found = examine(split.annotations, [split.images], samples_per_shard=8, runner=runner)
         assert (found.samples, found.shards) == (40, 5)
-        with pytest.raises(WorkerLostError, match="a packing task was lost 4 times"):
-            list(runner.map(os._exit, [3]))
         assert list(runner.map(abs, (-number for number in range(9)))) == list(range(9)), "in order"
 
 
-def _processes_that_die_are_replaced(runner: RayTasks, split: Split, folder: Path, expected: dict[str, str]) -> None:
-    (folder / "marks").mkdir()
-    deadly = Deadly(runner, folder / "marks")
+@pytest.mark.slow
+def test_more_deaths(split: Split, tmp_path: Path) -> None:
+    """After a shard was written but before that was told; and again and again."""
+    pack(split.annotations, [split.images], tmp_path / "here", samples_per_shard=8)
+    with RayTasks("local", 2, ignore) as runner:
+        _a_process_that_dies_is_replaced(runner, split, tmp_path, digests(tmp_path / "here"), before=False)
+        with pytest.raises(WorkerLostError, match="a packing task was lost 4 times"):
+            list(runner.map(os._exit, [3]))
+
+
+def _a_process_that_dies_is_replaced(
+    runner: RayTasks, split: Split, folder: Path, expected: dict[str, str], before: bool
+) -> None:
+    deadly = Deadly(runner, folder / "died", before)
     pack(split.annotations, [split.images], folder / "there", samples_per_shard=8, runner=deadly)
-    assert sorted(path.name for path in (folder / "marks").iterdir()) == ["after", "before"], "two processes died"
+    assert deadly.mark.exists(), "a process has died"
     assert digests(folder / "there") == expected
 
 

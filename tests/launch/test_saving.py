@@ -18,7 +18,7 @@ import pytest
 from dino_scale.checkpoint.manifest import Manifest, verify
 from launch.run_folder import RunFolder
 
-STEPS = 14
+STEPS = 20
 CHAIN = """
 name: saving
 model:
@@ -34,9 +34,9 @@ stages:
     data: {{train: {shards}/train, validation: {shards}/validation, loader_workers: 0}}
     batch: {{global_size: 2, microbatch: 2}}
     optimizer: {{learning_rate: 1e-3, backbone_learning_rate: 1e-3}}
-    schedule: {{steps: 14, warmup_steps: 3, drop_at: [0.75]}}
+    schedule: {{steps: 20, warmup_steps: 3, drop_at: [0.75]}}
     checkpoint: {{every_steps: 0, keep_last: 2, keep_best: true}}
-    evaluation: {{every_steps: 4}}
+    evaluation: {{every_steps: 5}}
     precision: fp32
     ema_decay: 0.9
     log_every_steps: 1
@@ -89,7 +89,7 @@ def test_saving_by_time(undisturbed: Path) -> None:
 
 def test_the_best_is_kept_apart_from_the_newest(undisturbed: Path) -> None:
     measured = evaluations(undisturbed)
-    assert sorted(measured) == [4, 8, 12, STEPS]
+    assert sorted(measured) == [5, 10, 15, STEPS]
     best = max(measured, key=lambda step: (measured[step], -step))
     folders = list((undisturbed / "checkpoints").glob("best_*"))
     assert [folder.name for folder in folders] == [f"best_{best:08d}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -206,6 +207,27 @@ def test_weights_come_from_a_file_of_the_whole_network(config: BackboneConfig, s
     assert taken == {}
 
 
+def test_weights_come_from_a_training_script_and_from_a_feature_network(tmp_path: Path) -> None:
+    """ConvNeXt has the most names that timm's feature networks spell differently (stem_0, stages_1)."""
+    config = BackboneConfig(
+        name="convnext_atto",
+        arguments={"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]},
+        outputs=(1, 2, 3),
+        norm="native",
+        frozen_stages=0,
+    )
+    source = timm.create_model(config.name, **config.arguments).state_dict()
+    assert any(name.startswith("head.fc") for name in source), "no classifier that must be dropped"
+    torch.save({"state_dict": source, "epoch": 3, "metric": 0.5}, tmp_path / "script.pth")
+    backbone = built(replace(config, weights=str(tmp_path / "script.pth")))
+    for name, tensor in backbone.body.state_dict().items():
+        assert torch.equal(tensor, source[re.sub(r"^(stem|stages)_", r"\1.", name)]), name
+    save_file(backbone.body.state_dict(), tmp_path / "features.safetensors")
+    again = built(replace(config, weights=str(tmp_path / "features.safetensors")))
+    for name, tensor in again.body.state_dict().items():
+        assert torch.equal(tensor, backbone.body.state_dict()[name]), name
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     source = timm.create_model("resnet10t", channels=(8, 16, 24, 40), stem_width=8).state_dict()
     file = tmp_path / "other.safetensors"
@@ -213,8 +235,14 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"'layer4.*expected shape"):
         built(replace(RESNET, weights=str(file)))
     save_file({"conv1.0.weight": source["conv1.0.weight"]}, file)
-    with pytest.raises(DataError, match=r"'conv1\.1\.weight' is missing"):
+    with pytest.raises(
+        DataError, match=r"'conv1\.1\.weight' is missing.*; \d+ more tensors do not fit; give timm"
+    ) as caught:
         built(replace(RESNET, weights=str(file)))
+    assert str(caught.value).count("is missing") == 5
+    torch.save([source["conv1.0.weight"]], file.with_suffix(".pth"))
+    with pytest.raises(DataError, match="holds a list, expected a dictionary of tensors"):
+        built(replace(RESNET, weights=str(file.with_suffix(".pth"))))
     file.write_bytes(b"not tensors")
     with pytest.raises(DataError, match="cannot be read"):
         built(replace(RESNET, weights=str(file)))
@@ -231,8 +259,9 @@ def test_weights_files_cannot_run_code(tmp_path: Path) -> None:
 
     file = tmp_path / "hostile.pth"
     torch.save({"conv1.0.weight": Hostile()}, file)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot be read") as caught:
         built(replace(RESNET, weights=str(file)))
+    assert len(str(caught.value).splitlines()) == 1
     assert not marker.exists()
 
 

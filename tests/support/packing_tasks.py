@@ -16,22 +16,23 @@ from data_pipeline.tasks import Runner
 
 @dataclass(frozen=True)
 class Deadly:
-    """A Runner whose processes die once at shard 1 before it is written, and once at shard 2 after it was written."""
+    """A Runner of which one process dies, once, at shard 1: before it is written or after."""
 
     runner: Runner
-    marks: Path
+    mark: Path
+    before: bool
 
     def map(self, function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
-        return self.runner.map(partial(work_and_die, function, self.marks), tasks)
+        return self.runner.map(partial(work_and_die, function, self.mark, self.before), tasks)
 
 
-def work_and_die(function: Callable[[Any], Any], marks: Path, task: Any) -> Any:
-    number = task.number if isinstance(task, ShardTask) else -1
-    if number == 1:
-        die_once(marks / "before")
+def work_and_die(function: Callable[[Any], Any], mark: Path, before: bool, task: Any) -> Any:
+    deadly = isinstance(task, ShardTask) and task.number == 1
+    if deadly and before:
+        die_once(mark)
     result = function(task)
-    if number == 2:
-        die_once(marks / "after")
+    if deadly:
+        die_once(mark)
     return result
 
 

@@ -17,6 +17,7 @@ from dino_scale.training.zero import ZeroEngine
 from tests.support.tiny_training import build, digests, position, train
 
 Topology = tuple[int, str]
+RATES = {"detector": 0.03, "backbone": 0.01, "scale": 0.02}
 STEPS, MORE = 7, 3  # steps before and after the checkpoint; the learning rate halves just before it
 
 
@@ -51,6 +52,8 @@ def load_all(topologies: list[Topology], sources: list[str]) -> dict[tuple[Topol
         for source in sources:
             newest = store.find_newest_together(Path(source), print)
             assert newest is not None
+            assert newest[1].bf16_parameters == source.endswith("bf16_parameters")
+            assert {name: group.learning_rate for name, group in newest[1].groups.items()} == RATES
             poison(engine)
             store.load(*newest, engine)
             state = digest(engine)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dino_scale.checkpoint.manifest import Manifest, Piece, tensor_key
+from dino_scale.checkpoint.manifest import Group, Manifest, Piece, tensor_key
 from dino_scale.checkpoint.ranges import ITEM, ShardWriter
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
@@ -50,6 +50,7 @@ def write_checkpoint(folder: Path, shapes: dict[str, tuple[int, ...]] = SHAPES, 
         pieces=ordered,
         files=files,
         libraries={"torch": "2"},
+        groups={"body": Group(1e-4, 0.05, 2), "rest": Group(2e-5, 0.0, 2)},
     )
     (folder / "manifest.json").write_text(manifest.to_json())
     return manifest
