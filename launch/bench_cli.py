@@ -17,6 +17,7 @@ def add_benchmarks(parser: argparse.ArgumentParser, add: AddCommand) -> None:
     _step(what, add)
     _loader(what, add)
     _ladder(what, add)
+    _startup(what, add)
     _checkpoint(what, add)
 
 
@@ -91,3 +92,19 @@ def _checkpoint(what: Any, add: AddCommand) -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
     parser.add_argument("--turns", type=int, default=3, metavar="N", help="the least of N times counts; default 3")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="new file; its disk is measured")
+
+
+def _startup(what: Any, add: AddCommand) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.bench_startup import run
+
+        run(options)
+
+    text = "from the command to the first step, and where the time goes"
+    parser = add(what, "startup", text, "dino-scale bench startup --repeat 3 --out startup.csv", run)
+    parser.add_argument(
+        "--engines", nargs="+", choices=("local", "torchrun", "ray"), default=["local", "torchrun", "ray"]
+    )
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="under torchrun and ray; default 2")
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="starts of each; default 3")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="new file")

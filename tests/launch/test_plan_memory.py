@@ -56,7 +56,7 @@ def test_memory_by_zero_stage() -> None:
     assert [part.average for part in parts] == [8004, 2008, 2008, 2004]
     assert memory(size, 1, workers=4, average=False).average == 0
     half = memory(size, 1, workers=4, average=True, precision="bf16_parameters")
-    assert (half.parameters, half.gradients, half.optimizer) == (4256, 4002, 6024)
+    assert (half.parameters, half.gradients, half.optimizer) == (4256, 8004, 6024)
     with pytest.raises(ConfigError, match="precision 'fp8'"):
         memory(size, 1, workers=4, average=True, precision="fp8")
 
