@@ -7,6 +7,7 @@ and remedy.
 from __future__ import annotations
 
 import math
+import re
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ CROWD = 1
 _LARGEST_ID = 2**62
 _LARGEST_SIDE = 2**20
 _EXAMPLES = 20
+_UNFIT_FOR_NAMES = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # what no terminal and no file system should be given
 
 
 @dataclass
@@ -102,6 +104,7 @@ class _Reader:
         self.path = path
         self.seen: set[str] = set()
         self.categories: dict[int, str] = {}
+        self.category_names: set[str] = set()
         self.image_names: dict[int, str] = {}
         self.sizes = array("q")
         self.numbers = array("q")  # image id, category id, annotation id of each box
@@ -138,16 +141,20 @@ class _Reader:
     def _category(self, item: dict[str, Any]) -> None:
         number = self._id(item, "id", f"category number {len(self.categories) + 1} of the list")
         name = item.get("name")
-        if not isinstance(name, str) or not name.strip():
-            raise DataError(f"{self.path}: category {number}: name is {_shown(name)}: expected text; add it")
+        if not isinstance(name, str) or not name.strip() or _UNFIT_FOR_NAMES.search(name):
+            raise DataError(
+                f"{self.path}: category {number}: name is {_shown(name)}: expected text without control characters; "
+                "correct it"
+            )
         if number in self.categories:
             raise DataError(
                 f"{self.path}: category id {number} occurs twice ('{self.categories[number]}' and '{name}'): "
                 "expected unique ids; renumber one"
             )
-        if name in self.categories.values():
+        if name in self.category_names:
             raise DataError(f"{self.path}: category name '{name}' occurs twice: expected unique names; rename one")
         self.categories[number] = name
+        self.category_names.add(name)
 
     def _image(self, item: dict[str, Any]) -> None:
         number = self._id(item, "id", f"image number {len(self.image_names) + 1} of the list")
@@ -155,7 +162,7 @@ class _Reader:
         if not isinstance(name, str) or not _stays_inside(name):
             raise DataError(
                 f"{self.path}: image {number}: file_name is {_shown(name)}: expected a path below the image folder "
-                "(no '..', no leading '/', no backslash); correct it"
+                "(no '..', no leading '/', no backslash, no control characters); correct it"
             )
         if number in self.image_names:
             raise DataError(
@@ -302,8 +309,9 @@ def _is_usable_number(value: Any) -> bool:
 
 
 def _stays_inside(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    return bool(name.strip()) and not name.startswith("/") and ".." not in parts and not set(name) & {"\\", "\0", "\n"}
+    if not name.strip() or name.startswith("/") or "\\" in name or _UNFIT_FOR_NAMES.search(name):
+        return False
+    return ".." not in PurePosixPath(name).parts
 
 
 def _shown(value: object) -> str:

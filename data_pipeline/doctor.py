@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tarfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.annotations import FLAGS, AnnotationFormat
+from data_pipeline.checksum import crc32
 from data_pipeline.index import Index
 from data_pipeline.manifest import REMEDY
 from data_pipeline.packing_plan import Plan, Progress, Selection, Source, report_of
 from data_pipeline.shard_writer import Verify, examine_shard
-from data_pipeline.tasks import ordered_map
+from data_pipeline.tasks import LocalProcesses, Runner
 from dino_scale.errors import DataError
 
 
@@ -42,14 +42,15 @@ def examine(
     *,
     selection: Selection | None = None,
     workers: int = 1,
+    runner: Runner | None = None,
 ) -> Examination:
     """All that `pack` would find in the same input, and nothing written. Raises what it would raise."""
-    selection = selection or Selection()
-    source = Source(annotations, images, format, 0, samples_per_shard, verify, selection, workers, progress)
+    selection, runner = selection or Selection(), runner or LocalProcesses(workers)
+    source = Source(annotations, images, format, 0, samples_per_shard, verify, selection, runner, progress)
     plan = Plan.make(source)
     rows: list[int] = []
     done = 0
-    examined = ordered_map(examine_shard, plan.tasks("", source), workers)
+    examined = runner.map(examine_shard, plan.tasks("", source))
     for planned, (kept, repairs) in zip(plan.shards, examined, strict=True):
         plan.repairs.add_all(repairs)
         rows += kept
@@ -97,7 +98,7 @@ def _check_content(index: Index, sample: int, member: tarfile.TarInfo, content: 
         same = json.loads(content) == _description(index, sample)
     else:
         place = (int(columns["image_offsets"][sample]), int(columns["image_sizes"][sample]))
-        same = place == (member.offset_data, member.size) and zlib.crc32(content) == columns["image_checksums"][sample]
+        same = place == (member.offset_data, member.size) and crc32(content) == columns["image_checksums"][sample]
     if not same:
         raise DataError(f"{path}: member {member.name} is not what the index says: {REMEDY}")
 

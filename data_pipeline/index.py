@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from data_pipeline.annotations import CROWD
 from data_pipeline.manifest import REMEDY, FileEntry, Manifest, describe_file, read_manifest
 from data_pipeline.remote import RemoteFolder
+from data_pipeline.shard_cache import ShardCache
 from dino_scale.errors import DataError
 from dino_scale.structures import Category
 
@@ -55,7 +56,7 @@ class Index:
         self.manifest = manifest
         self.columns = columns
         self.remote: RemoteFolder | None = None  # where the shards are, if not in the folder
-        self.cache_shards = False  # remote only: copy shards here when they are first read
+        self.cache: ShardCache | None = None  # remote only: where shards are copied when they are first read
 
     @classmethod
     def open(cls, folder: Path, shards_here: bool = True) -> Index:
@@ -85,7 +86,7 @@ class Index:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Shards are not looked at again: one that was lost since must not kill the process that unpickles."""
-        return _reopen, (self.folder, self.digest, self.remote, self.cache_shards)
+        return _reopen, (self.folder, self.digest, self.remote, self.cache)
 
     @property
     def categories(self) -> tuple[Category, ...]:
@@ -184,12 +185,12 @@ class Index:
             raise DataError(f"{self.folder}/index/labels.npy: names a class that is not there: {REMEDY}")
 
 
-def _reopen(folder: Path, digest: str, remote: RemoteFolder | None, cache_shards: bool) -> Index:
+def _reopen(folder: Path, digest: str, remote: RemoteFolder | None, cache: ShardCache | None) -> Index:
     manifest = read_manifest(folder)
     if manifest.digest != digest:
         raise DataError(f"{folder}: was packed anew while it was in use: start again")
     index = Index._map(folder, manifest)
-    index.remote, index.cache_shards = remote, cache_shards
+    index.remote, index.cache = remote, cache
     return index
 
 

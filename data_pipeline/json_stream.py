@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,7 +15,30 @@ CHUNK = 1 << 20  # characters read at a time
 LONGEST_ELEMENT = 64 << 20  # characters; a longer one is broken or hostile
 _SPACE = re.compile(r"[ \t\n\r]*")
 _MAY_GO_ON = ("", ".", "e", "E")  # what may follow the digits of a number whose rest is in the next chunk
-_DECODER = json.JSONDecoder()
+
+
+class _RepeatedKey(Exception):
+    """No ValueError: reading on would not mend it."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dictionary of what stands between braces, at any depth; Python's own would let the last of two keys win."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _RepeatedKey(_first_repeated(key for key, _ in pairs))
+    return found
+
+
+def _first_repeated(keys: Iterable[str]) -> str:
+    seen: set[str] = set()
+    for key in keys:
+        if key in seen:
+            return key
+        seen.add(key)
+    raise ValueError("no key occurs twice")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def stream_object(path: Path, read: Callable[[int, int], None] | None = None) -> Iterator[tuple[str, Any]]:
@@ -23,7 +46,8 @@ def stream_object(path: Path, read: Callable[[int, int], None] | None = None) ->
     once before the elements of an array, so that empty arrays show; yields (key, value) for every other value.
 
     read: told after every piece how many bytes of how many have been read.
-    Raises DataError for a missing file, for anything that is no JSON object and for a key that occurs twice.
+    Raises DataError for a missing file, for anything that is no JSON object and for a key that occurs twice in one
+    object, at any depth.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -70,7 +94,7 @@ class _Stream:
         if not isinstance(key, str):
             raise self._error("expected a key")
         if key in earlier:
-            raise self._error(f"key '{key}' occurs twice")
+            raise self._repeated(key, "in the outermost object")
         earlier.add(key)
         self._expect(":")
         return key
@@ -98,6 +122,8 @@ class _Stream:
             self._peek()
             try:
                 value, end = _DECODER.raw_decode(self.text, self.position)
+            except _RepeatedKey as error:
+                raise self._repeated(str(error), "within the element that begins there") from None
             except (ValueError, RecursionError) as error:
                 if self.complete or isinstance(error, RecursionError):
                     raise self._error(str(error).partition(":")[0]) from None
@@ -133,6 +159,10 @@ class _Stream:
         if self._peek() != character:
             raise self._error(f"expected '{character}'")
         self.position += 1
+
+    def _repeated(self, key: str, where: str) -> DataError:
+        shown = key if len(key) <= 80 else key[:77] + "..."
+        return self._error(f"key {shown!r} occurs twice {where}; keep one of them")
 
     def _error(self, problem: str) -> DataError:
         place = self.dropped + self.position

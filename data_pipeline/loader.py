@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.collate import Sample, collate
 from data_pipeline.index import Index
-from data_pipeline.order import Draws, SampleStream, Stream
+from data_pipeline.order import Draws, SampleStream, Stream, WindowedStream
 from data_pipeline.reader import Reader
 from data_pipeline.replacement import BadSample, find_replacement
 from data_pipeline.size_order import SizePlannedStream
@@ -66,12 +66,14 @@ def training_microbatches(
     order: StreamMode = "permutation",
     pad_multiple: int = 1,
     on_bad: OnBad | None = None,
+    pin: bool = False,
 ) -> Iterator[list[Batch]]:
     """One item per global step first_step, ..., last_step - 1: this rank's microbatches, in order.
 
     Crowd boxes are left out; images without boxes are kept. Augmentation draws depend on (seed, epoch, sample id).
     loader_workers: processes that read ahead; 0: read in this process. A sample that cannot be read is replaced by the
     next one of the stream that can (see `replacement.py`), told to `on_bad` and counted in `Batch.replaced`.
+    pin: batches in page-locked memory, ready for a GPU; with loader processes a thread does that on the way.
     Raises ConfigError where the global batch does not divide, DataError where many samples in a row cannot be read.
     """
     accumulation = microbatches_per_rank(batch, world)
@@ -82,7 +84,7 @@ def training_microbatches(
         for j, assignment in enumerate(deal(stream, batch, rank, world, step))
     )
     dataset = _Microbatches(index, _Training(seed, augmentation), stream, pad_multiple)
-    microbatches = _load(dataset, tasks, loader_workers, on_bad)
+    microbatches = _load(dataset, tasks, loader_workers, on_bad, pin)
     for _ in range(first_step, last_step):
         yield [next(microbatches) for _ in range(accumulation)]
 
@@ -110,10 +112,23 @@ def evaluation_batches(
 def sample_stream(
     index: Index, seed: int, augmentation: AugmentationConfig, batch: BatchConfig, order: StreamMode
 ) -> Stream:
-    """The stream of a training run. `size_planned` depends on the microbatch and the augmentation too."""
+    """The stream of a training run. `windowed` depends on the shards too, `size_planned` on the microbatch and the
+    augmentation."""
     if order == "size_planned":
         return SizePlannedStream(len(index), seed, batch.microbatch, _PlannedSize(index, seed, augmentation))
-    return SampleStream(len(index), seed, order)
+    if order == "windowed":
+        return WindowedStream(len(index), seed, _Shards(index))
+    return SampleStream(len(index), seed)
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """The shard of every sample; travels between processes as the index does."""
+
+    index: Index
+
+    def __call__(self) -> np.ndarray:
+        return self.index.columns["shards"]
 
 
 @dataclass(frozen=True)
@@ -182,6 +197,10 @@ class _Made:
     batch: Batch
     bad: tuple[BadSample, ...]
 
+    def pin_memory(self) -> _Made:
+        """DataLoader's thread calls this by its name."""
+        return replace(self, batch=self.batch.pin_memory())
+
 
 class _Microbatches(Dataset[_Made | DataError]):
     """Makes the microbatch of a task. An error travels as a value: raised in a loader process it would arrive wrapped
@@ -244,9 +263,13 @@ class _Tasks:
 
 
 def _load(
-    dataset: _Microbatches, tasks: Iterator[_Task], loader_workers: int, on_bad: OnBad | None = None
+    dataset: _Microbatches,
+    tasks: Iterator[_Task],
+    loader_workers: int,
+    on_bad: OnBad | None = None,
+    pin: bool = False,
 ) -> Iterator[Batch]:
-    items = iter(_loader(dataset, tasks, loader_workers)) if loader_workers else map(dataset.__getitem__, tasks)
+    items = iter(_loader(dataset, tasks, loader_workers, pin)) if loader_workers else map(dataset.__getitem__, tasks)
     while True:
         try:
             item = next(items)
@@ -264,18 +287,23 @@ def _load(
         for bad in item.bad:
             if on_bad is not None:
                 on_bad(bad)
-        yield item.batch
+        yield item.batch if loader_workers or not pin else item.batch.pin_memory()
 
 
 def _tells_of_a_dead_process(error: Exception) -> bool:
     """DataLoader says so itself where it waited for the process; where it was fetching a tensor from it, the
-    connection breaks. An error that was raised inside the process says "Caught"."""
+    connection breaks, in this process or in its thread that pins memory. An error that was raised inside the loader
+    process says "Caught" too, but names that process."""
+    text = str(error)
     if isinstance(error, RuntimeError):
-        return str(error).startswith("DataLoader worker")
-    return isinstance(error, EOFError | ConnectionError | FileNotFoundError) and not str(error).startswith("Caught")
+        return text.startswith(("DataLoader worker", "Pin memory thread exited"))
+    here = not text.startswith("Caught") or " in pin memory thread " in text.partition("\n")[0]
+    return isinstance(error, EOFError | ConnectionError | FileNotFoundError) and here
 
 
-def _loader(dataset: _Microbatches, tasks: Iterator[_Task], loader_workers: int) -> DataLoader[_Made | DataError]:
+def _loader(
+    dataset: _Microbatches, tasks: Iterator[_Task], loader_workers: int, pin: bool
+) -> DataLoader[_Made | DataError]:
     context = multiprocessing.get_context("forkserver")  # fork would copy the threads' locks of torch, gloo and Ray
     context.set_forkserver_preload([__name__])  # imports once, not once per process
     return DataLoader(
@@ -288,6 +316,7 @@ def _loader(dataset: _Microbatches, tasks: Iterator[_Task], loader_workers: int)
         worker_init_fn=_ignore_interrupts,
         prefetch_factor=PREFETCH,
         persistent_workers=True,
+        pin_memory=pin,
         generator=torch.Generator(),  # its own, so that reading leaves the training's random state alone
     )
 

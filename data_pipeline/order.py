@@ -1,19 +1,17 @@
-"""The order of samples: a pure function of (seed, epoch, number of samples), and the endless stream made of it.
+"""The order of samples: a pure function of (seed, epoch, index), and the endless stream made of it.
 
 Only raw Philox words are used, whose sequence numpy guarantees for ever; its shuffles may change between versions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-OrderMode = Literal["permutation", "windowed"]
-BLOCK = 64  # samples that lie side by side in a shard and stay in one window
-WINDOW = 64  # blocks that are mixed with one another
+WINDOW = 4  # shards whose samples are mixed with one another
 ORDER, AUGMENTATION, RUNS = 1, 2, 3  # purposes that keep the random words of one seed apart
 _WORD = 2**64
 
@@ -26,20 +24,25 @@ def philox(seed: int, purpose: int, epoch: int, sample: int = 0) -> np.random.Ph
     return np.random.Philox(counter=counter, key=np.array([seed % _WORD, seed // _WORD % _WORD], dtype=np.uint64))
 
 
-def epoch_order(n: int, seed: int, epoch: int, mode: OrderMode = "permutation") -> NDArray[np.int64]:
+def epoch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """(n,) sample ids of an epoch, each once.
 
-    `windowed` moves through the shards in a window of WINDOW blocks of BLOCK neighbours: good for caches and object
-    stores. Ties between random words (probability about n^2 / 2^65) keep their order: the result is still exact.
+    Ties between random words (probability about n^2 / 2^65) keep their order: the result is still exact.
+    """
+    return np.argsort(philox(seed, ORDER, epoch).random_raw(n), kind="stable")
+
+
+def windowed_order(shards: NDArray[Any], seed: int, epoch: int) -> NDArray[np.int64]:
+    """(n,) sample ids of an epoch, each once, so that only WINDOW shards are needed at a time and each for one window.
+
+    shards: (n,) number of each sample's shard. Every epoch puts other shards together and mixes the samples of a window
+    anew. Good for object stores and caches of shards.
     """
     words = philox(seed, ORDER, epoch)
-    if mode == "permutation":
-        return np.argsort(words.random_raw(n), kind="stable")
-    blocks = (n + BLOCK - 1) // BLOCK
-    place = np.empty(blocks, dtype=np.int64)
-    place[np.argsort(words.random_raw(blocks), kind="stable")] = np.arange(blocks)
-    window_of_sample = place[np.arange(n) // BLOCK] // WINDOW
-    return np.lexsort((words.random_raw(n), window_of_sample))
+    count = int(shards.max()) + 1
+    place = np.empty(count, dtype=np.int64)
+    place[np.argsort(words.random_raw(count), kind="stable")] = np.arange(count)
+    return np.lexsort((words.random_raw(len(shards)), (place // WINDOW)[shards]))
 
 
 class Stream(Protocol):
@@ -52,10 +55,10 @@ class Stream(Protocol):
 class SampleStream:
     """The epochs' orders one after another: position p is sample `p % n` of epoch `p // n`."""
 
-    def __init__(self, n: int, seed: int, mode: OrderMode = "permutation") -> None:
+    def __init__(self, n: int, seed: int) -> None:
         if n < 1:
             raise ValueError(f"a stream of {n} samples: expected at least 1")
-        self.n, self.seed, self.mode = n, seed, mode
+        self.n, self.seed = n, seed
         self._orders: dict[int, NDArray[np.int64]] = {}  # of the last two epochs asked for
 
     def take(self, start: int, stop: int) -> list[tuple[int, int]]:
@@ -66,8 +69,22 @@ class SampleStream:
         if epoch not in self._orders:
             while len(self._orders) > 1:
                 del self._orders[next(iter(self._orders))]
-            self._orders[epoch] = epoch_order(self.n, self.seed, epoch, self.mode)
+            self._orders[epoch] = self._make(epoch)
         return self._orders[epoch]
+
+    def _make(self, epoch: int) -> NDArray[np.int64]:
+        return epoch_order(self.n, self.seed, epoch)
+
+
+class WindowedStream(SampleStream):
+    """As `SampleStream`, of `windowed_order`. shards: gives the number of each sample's shard."""
+
+    def __init__(self, n: int, seed: int, shards: Callable[[], NDArray[Any]]) -> None:
+        super().__init__(n, seed)
+        self.shards = shards
+
+    def _make(self, epoch: int) -> NDArray[np.int64]:
+        return windowed_order(self.shards(), self.seed, epoch)
 
 
 class Draws:

@@ -23,8 +23,8 @@ from data_pipeline.annotations import AnnotationFormat, Annotations
 from data_pipeline.index import BOX_COLUMNS, SAMPLE_COLUMNS
 from data_pipeline.manifest import REPORT, Manifest, describe_file
 from data_pipeline.packing_plan import Plan, Progress, Selection, Source, report_of
-from data_pipeline.shard_writer import RECEIPTS, Receipt, Verify, write_shard
-from data_pipeline.tasks import ordered_map
+from data_pipeline.shard_writer import ATTEMPT, RECEIPTS, Receipt, Verify, write_shard
+from data_pipeline.tasks import LocalProcesses, Runner
 from dino_scale.errors import DataError, UserError
 
 _LOCK = "lock"
@@ -54,20 +54,23 @@ def pack(
     *,
     selection: Selection | None = None,
     workers: int = 1,
+    runner: Runner | None = None,
     restart: bool = False,
 ) -> PackReport:
     """Packs one annotation file and the folders of its images into the new folder `out`.
 
     verify: `decode` decodes every image in full, `header` trusts what lies behind the header.
-    workers: processes; the result does not depend on it. restart: forget shards of an interrupted call.
+    workers: processes on this machine; runner: others to do the work instead (see `tasks.py`), which need the paths of
+    images and `out` to mean the same to them. The result depends on neither.
+    restart: forget shards of an interrupted call.
     Raises UserError where `out` exists, DataError where the input cannot be used; what is left behind then are whole
     shards in a hidden folder, if any.
     """
     out = Path(out).absolute()
     if out.exists():
         raise UserError(f"{out}: exists already; expected a new folder: give another --out or remove it first")
-    selection = selection or Selection()
-    source = Source(annotations, images, format, seed, samples_per_shard, verify, selection, workers, progress)
+    selection, runner = selection or Selection(), runner or LocalProcesses(workers)
+    source = Source(annotations, images, format, seed, samples_per_shard, verify, selection, runner, progress)
     plan = Plan.make(source)
     with _partial_folder(out, restart) as partial:
         receipts = _write_shards(plan, partial, source)
@@ -88,6 +91,8 @@ def _partial_folder(out: Path, restart: bool) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{out}: is being packed by another process: wait for it or give another --out") from None
+        for leftover in partial.glob(f"shard-*{ATTEMPT}*"):  # half a shard of a call that was killed
+            leftover.unlink()
         if restart:
             _clear(partial)
         (partial / RECEIPTS).mkdir(exist_ok=True)
@@ -111,7 +116,7 @@ def _write_shards(plan: Plan, partial: Path, source: Source) -> list[Receipt]:
     receipts = []
     done = 0
     for task, receipt in zip(
-        plan.shards, ordered_map(write_shard, plan.tasks(str(partial), source), source.workers), strict=True
+        plan.shards, source.runner.map(write_shard, plan.tasks(str(partial), source)), strict=True
     ):
         receipts.append(receipt)
         plan.repairs.add_all(receipt.repairs)

@@ -17,6 +17,7 @@ from data_pipeline.order import epoch_order
 from data_pipeline.selection import join, keep_images
 from data_pipeline.shard_writer import Member, ShardTask, Verify
 from data_pipeline.survey import Survey, SurveyOptions, survey
+from data_pipeline.tasks import Runner
 from dino_scale.errors import DataError, UserError
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
@@ -50,14 +51,12 @@ class Source:
     samples_per_shard: int
     verify: Verify
     selection: Selection
-    workers: int
+    runner: Runner
     progress: Progress | None
 
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1:
             raise UserError(f"samples per shard is {self.samples_per_shard}: expected 1 or more")
-        if self.workers < 1:
-            raise UserError(f"--workers is {self.workers}: expected 1 or more processes")
         for option in ("first", "also_after"):
             if getattr(self.selection, option) < 0:
                 raise UserError(
@@ -100,13 +99,14 @@ class Plan:
     @classmethod
     def make(cls, source: Source) -> Plan:
         repairs = Repairs()
-        options = SurveyOptions(source.format, source.selection.skip_unreadable, source.workers)
+        options = SurveyOptions(source.format, source.selection.skip_unreadable)
         found = survey(
             source.read(repairs),
             [Path(root) for root in source.images],
             repairs,
             options,
             lambda done, total: source.tell("reading headers", done, total),
+            source.runner,
         )
         if not len(found.annotations.boxes):
             raise DataError(f"{source.annotations}: holds no usable box: expected at least one; check the file")

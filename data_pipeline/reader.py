@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from data_pipeline.dataset import shard_here
+from data_pipeline.checksum import crc32
+from data_pipeline.dataset import open_shard
 from data_pipeline.decode import RGBImage, decode
 from data_pipeline.index import Index
 from data_pipeline.remote import Range
@@ -31,7 +31,7 @@ class Reader:
     def prefetch(self, samples: Sequence[int]) -> None:
         """Asks for remote samples together, as many at once as the remote folder allows; nothing to do for files."""
         remote = self.index.remote
-        if remote is None or self.index.cache_shards:
+        if remote is None or self.index.cache is not None:
             return
         self._fetched = dict(zip(samples, remote.read([self._range(sample) for sample in samples]), strict=True))
 
@@ -42,12 +42,12 @@ class Reader:
             name=self.index.shard_names[int(columns["shards"][sample])],
             start=int(columns["image_offsets"][sample]),
             size=int(columns["image_sizes"][sample]),
-            fits=lambda data: zlib.crc32(data) == checksum,
+            fits=lambda data: crc32(data) == checksum,
         )
 
     def image_bytes(self, sample: int) -> bytes:
         """The JPEG of a sample. Raises DataError where shard and index disagree."""
-        if self.index.remote is not None and not self.index.cache_shards:
+        if self.index.remote is not None and self.index.cache is None:
             found = self._fetched.pop(sample, None)
             if found is None:
                 [found] = self.index.remote.read([self._range(sample)])
@@ -55,7 +55,7 @@ class Reader:
                 raise self._error(sample, f"is not to be had: {found}")
             return found
         data = self.unchecked_bytes(sample)
-        if zlib.crc32(data) != int(self.index.columns["image_checksums"][sample]):
+        if crc32(data) != int(self.index.columns["image_checksums"][sample]):
             raise self._error(sample, "does not match its checksum")
         return data
 
@@ -65,6 +65,8 @@ class Reader:
         shard, size = int(columns["shards"][sample]), int(columns["image_sizes"][sample])
         try:
             data = os.pread(self._descriptor(shard), size, int(columns["image_offsets"][sample]))
+            if self._shards_may_go:
+                self.close()
         except OSError as error:
             raise self._error(sample, f"cannot be read ({error.strerror})") from None
         if len(data) != size:
@@ -82,6 +84,11 @@ class Reader:
             raise self._error(sample, f"is {pixels.shape[1]} x {pixels.shape[0]} pixels, not as indexed")
         return pixels
 
+    @property
+    def _shards_may_go(self) -> bool:
+        """From a cache with a limit. An open shard would keep its space on the disk after it was thrown out."""
+        return self.index.cache is not None and self.index.cache.limit > 0
+
     def close(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
@@ -95,7 +102,7 @@ class Reader:
             return self._descriptors[shard]
         if len(self._descriptors) >= OPEN_SHARDS:
             os.close(self._descriptors.popitem(last=False)[1])
-        self._descriptors[shard] = os.open(shard_here(self.index, shard), os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptors[shard] = open_shard(self.index, shard)
         return self._descriptors[shard]
 
     def _error(self, sample: int, problem: str) -> DataError:

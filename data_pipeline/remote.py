@@ -6,6 +6,7 @@ The only module that imports fsspec.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from fsspec.asyn import AsyncFileSystem, sync
 from dino_scale.errors import ConfigError, DataError
 
 PROTOCOLS = ("s3", "gs", "http", "https", "memory")
+_LONGEST_PAUSE_SECONDS = 5.0
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 
 
@@ -34,13 +36,15 @@ class Range:
 @dataclass(frozen=True)
 class RemoteFolder:
     """A folder behind a URL. in_flight: requests at once. tries: per range. backoff: seconds before the second try,
-    doubled before each further one. timeout: seconds a single request may take. Pickles without its connections."""
+    doubled before each further one. timeout: seconds a single request may take. outage: seconds to go on trying while
+    the store does not answer at all; wrong bytes are given up after `tries`. Pickles without its connections."""
 
     url: str
     in_flight: int = 32
     tries: int = 6
     backoff: float = 0.2
     timeout: float = 60.0
+    outage: float = 300.0
 
     def __post_init__(self) -> None:
         protocol = self.url.partition("://")[0]
@@ -67,30 +71,39 @@ class RemoteFolder:
         """The bytes of every range, or why there are none after all tries; never raises for a range."""
         found: list[bytes | DataError] = [DataError("not asked for")] * len(wanted)
         open_places = list(range(len(wanted)))
-        for attempt in range(self.tries):
-            if attempt:
-                time.sleep(self.backoff * 2 ** (attempt - 1))
+        begin = time.monotonic()
+        for attempt in itertools.count(1):
             answers = self._ask([wanted[place] for place in open_places])
             for place, answer in zip(open_places, answers, strict=True):
                 found[place] = self._judge(wanted[place], answer)
             open_places = [place for place in open_places if _may_be_tried_again(found[place])]
-            if not open_places:
-                break
-        return found
+            away = any(isinstance(found[place], _Away) for place in open_places)
+            if not open_places or self._gives_up(attempt, away, begin):
+                return found
+            time.sleep(self._pause(attempt))
+        raise AssertionError("the loop above ends by returning")
+
+    def _gives_up(self, attempt: int, away: bool, begin: float) -> bool:
+        return attempt >= self.tries and not (away and time.monotonic() - begin < self.outage)
+
+    def _pause(self, attempt: int) -> float:
+        return min(_LONGEST_PAUSE_SECONDS, self.backoff * 2 ** (attempt - 1))
 
     def whole(self, name: str) -> bytes:
         """A small file. Raises DataError."""
         store, path = self._store
-        for attempt in range(self.tries):
-            if attempt:
-                time.sleep(self.backoff * 2 ** (attempt - 1))
+        begin = time.monotonic()
+        for attempt in itertools.count(1):
             try:
                 return bytes(store.cat_file(f"{path}/{name}"))
             except FileNotFoundError:
                 raise DataError(f"{self.url}/{name}: does not exist: check the address") from None
             except Exception as error:  # what a store raises depends on its library
                 reason = _in_words(error)
-        raise DataError(f"{self.url}/{name}: cannot be read after {self.tries} tries ({reason})")
+            if self._gives_up(attempt, True, begin):
+                raise DataError(f"{self.url}/{name}: cannot be read after {attempt} tries ({reason})")
+            time.sleep(self._pause(attempt))
+        raise AssertionError("the loop above ends by returning or raising")
 
     def _ask(self, wanted: Sequence[Range]) -> list[bytes | Exception]:
         store, path = self._store
@@ -109,7 +122,7 @@ class RemoteFolder:
         if isinstance(answer, FileNotFoundError):
             return _Lost(f"{self.url}/{part.name}: does not exist (No such file)")
         if isinstance(answer, Exception):
-            return DataError(f"{place} cannot be read ({_in_words(answer)})")
+            return _Away(f"{place} cannot be read ({_in_words(answer)})")
         if len(answer) != part.size:
             return DataError(f"{place}: {len(answer)} of {part.size} bytes came")
         return answer if part.fits(answer) else DataError(f"{place}: does not match its checksum")
@@ -121,6 +134,10 @@ def _in_words(error: Exception) -> str:
 
 class _Lost(DataError):
     """Trying again will not help."""
+
+
+class _Away(DataError):
+    """The store gave no answer that says anything about the data: trying again will help when it is back."""
 
 
 def _may_be_tried_again(outcome: bytes | DataError) -> bool:

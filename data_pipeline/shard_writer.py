@@ -9,13 +9,14 @@ import hashlib
 import json
 import os
 import tarfile
-import zlib
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from data_pipeline.annotations import Repairs
+from data_pipeline.checksum import crc32
 from data_pipeline.decode import decode, encode_jpeg
 from data_pipeline.manifest import FileEntry, describe_file
 from dino_scale.errors import DataError
@@ -25,6 +26,7 @@ import webdataset
 
 Verify = Literal["decode", "header"]
 RECEIPTS = "receipts"
+ATTEMPT = ".partial-"  # between the name of a shard and that of an attempt to write it
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def write_shard(task: ShardTask) -> Receipt:
     if finished is not None:
         return finished
     name = shard_name(task.number)
-    partial = folder / f"{name}.partial"
+    # Every attempt has a file of its own: on a cluster a machine that was given up may still be at work.
+    partial = folder / f"{name}{ATTEMPT}{uuid.uuid4().hex[:12]}"
     repairs = Repairs()
     rows, checksums = [], []
     with (
@@ -97,14 +100,14 @@ def write_shard(task: ShardTask) -> Receipt:
     ):
         for member, image in readable_images(task, repairs):
             rows.append(member.row)
-            checksums.append(zlib.crc32(image))
+            checksums.append(crc32(image))
             writer.write({"__key__": member.key, "jpg": image, "json": member.content.encode()})
     with tarfile.open(partial, "r:") as shard:
         places = [(entry.offset_data, entry.size) for entry in shard if entry.name.endswith(".jpg")]
     os.replace(partial, folder / name)
     offsets, sizes = [offset for offset, _ in places], [size for _, size in places]
     receipt = Receipt(task.digest(), describe_file(folder, name), rows, offsets, sizes, checksums, repairs)
-    receipt_partial = receipt_path.with_suffix(".partial")
+    receipt_partial = receipt_path.with_name(f"{partial.name}-receipt")
     receipt_partial.write_text(json.dumps(asdict(receipt)), encoding="utf-8")
     os.replace(receipt_partial, receipt_path)
     return receipt

@@ -13,11 +13,12 @@ from data_pipeline.annotations import AnnotationFormat, Annotations, Repairs
 from data_pipeline.decode import ImageHeader, read_header
 from data_pipeline.objects365 import KNOWN_MISSING, layout_folders
 from data_pipeline.selection import keep_images
-from data_pipeline.tasks import ordered_map
+from data_pipeline.tasks import LocalProcesses, Runner
 from dino_scale.errors import DataError
 
 HEADER_BYTES = 1 << 16  # enough for nearly every header; the whole file is read where it is not
 _CHUNK = 512  # images whose headers are read as one task
+_SORTED_TOGETHER = 1 << 16  # images whose boxes are compared at once
 _COLUMNS = ("root", "depth", "width", "height", "plain", "size", "modified")
 
 
@@ -46,7 +47,6 @@ class SurveyOptions:
 
     format: AnnotationFormat = "coco"
     skip_unreadable: bool = False
-    workers: int = 1
 
 
 def survey(
@@ -55,19 +55,22 @@ def survey(
     repairs: Repairs,
     options: SurveyOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
+    runner: Runner | None = None,
 ) -> Survey:
     """Raises DataError for a missing image, one that is no image, and a box outside its image.
 
     Under `objects365` the files known to be missing are left out, boxes outside their image and exact repetitions of
-    boxes are dropped, all counted. progress: told how many headers of how many have been read.
+    boxes are dropped, all counted; elsewhere repetitions are counted and stay. progress: told how many headers of how
+    many have been read. runner: who reads the headers; default: this process.
     """
     options = options or SurveyOptions()
+    runner = runner or LocalProcesses()
     known = options.format == "objects365"
     folders = layout_folders(list(roots)) if known else list(roots)
     tasks = _header_tasks(annotations, tuple(folders), options)
     pieces = []
     done = 0
-    for piece, problems in ordered_map(_read_headers, tasks, options.workers):
+    for piece, problems in runner.map(_read_headers, tasks):
         repairs.add_all(problems)
         pieces.append(piece)
         done += len(piece)
@@ -81,8 +84,7 @@ def survey(
     column = dict(zip(_COLUMNS, table.T.copy(), strict=True))
     sized = _true_sizes(kept, column["width"], column["height"], repairs)
     fitted = fit_boxes(sized, repairs, drop_outside=known)
-    if known:
-        fitted = _without_repetitions(fitted, repairs)
+    fitted = _without_repetitions(fitted, repairs) if known else _with_repetitions_told(fitted, repairs)
     places = np.stack([column["root"], column["depth"]], axis=1)
     return Survey(fitted, column["plain"] != 0, column["size"], column["modified"], tuple(folders), places)
 
@@ -208,13 +210,30 @@ def fit_boxes(annotations: Annotations, repairs: Repairs, drop_outside: bool = F
 
 def _without_repetitions(annotations: Annotations, repairs: Repairs) -> Annotations:
     """Of boxes with the same image, class, coordinates and flags only the first stays."""
-    image = np.repeat(np.arange(len(annotations)), np.diff(annotations.box_offsets))
-    keys = np.column_stack([image, annotations.labels, annotations.flags, annotations.boxes])
-    order = np.lexsort(keys.T[::-1])  # stable: of equal rows the first of the file comes first
-    repeated = np.zeros(len(keys), dtype=bool)
-    repeated[order[1:]] = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
+    image, repeated = _repeated(annotations)
     _note_boxes(annotations, "boxes_repeated_dropped", np.flatnonzero(repeated), repairs)
     return _select(annotations, annotations.boxes, annotations.areas, image, ~repeated)
+
+
+def _with_repetitions_told(annotations: Annotations, repairs: Repairs) -> Annotations:
+    """All stay: COCO's numbers are those of its files as published, and in one's own files two may be meant."""
+    _note_boxes(annotations, "boxes_repeated_kept", np.flatnonzero(_repeated(annotations)[1]), repairs)
+    return annotations
+
+
+def _repeated(annotations: Annotations) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """(T,) place of each box's image, and (T,) whether an earlier box has the same image, class, coordinates, flags."""
+    image = np.repeat(np.arange(len(annotations)), np.diff(annotations.box_offsets))
+    repeated = np.zeros(len(image), dtype=bool)
+    for first in range(0, len(annotations), _SORTED_TOGETHER):  # all at once would take gigabytes
+        last = min(first + _SORTED_TOGETHER, len(annotations))
+        rows = slice(int(annotations.box_offsets[first]), int(annotations.box_offsets[last]))
+        keys = np.column_stack(
+            [image[rows], annotations.labels[rows], annotations.flags[rows], annotations.boxes[rows]]
+        )  # fmt: skip
+        order = np.lexsort(keys.T[::-1])  # stable: of equal rows the first of the file comes first
+        repeated[rows][order[1:]] = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
+    return image, repeated
 
 
 def _note_boxes(annotations: Annotations, kind: str, rows: NDArray[np.int64], repairs: Repairs) -> None:

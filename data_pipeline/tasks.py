@@ -8,12 +8,37 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
-from dino_scale.errors import WorkerLostError
+from dino_scale.errors import UserError, WorkerLostError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+
+class Runner(Protocol):
+    """Who does the work: processes of this machine (below), or whoever else is handed in."""
+
+    def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        """function(task) for every task, in order; raises what `function` raises, WorkerLostError where a process died.
+
+        function: of a module, not nested in another. Only a few tasks may be in flight, so that memory stays bounded.
+        """
+
+
+@dataclass(frozen=True)
+class LocalProcesses:
+    """A Runner of so many processes on this machine; 1: this process."""
+
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UserError(f"--workers is {self.workers}: expected 1 or more processes")
+
+    def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        return ordered_map(function, tasks, self.workers)
 
 
 def ordered_map(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:

@@ -6,6 +6,13 @@ A message names the offending value, what was expected and the remedy, in one li
 
 from __future__ import annotations
 
+import errno
+
+# Errors of the operating system about files that the user can put right; anything else is a bug.
+USERS_FILE_ERRORS = frozenset(
+    {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EDQUOT, errno.ENAMETOOLONG}
+)
+
 
 class DinoScaleError(Exception):
     """Base of the family. Instances carry one string, so they survive pickling between processes."""
@@ -27,6 +34,10 @@ class RunFolderError(UserError):
     """A run folder that exists where none may, or is missing or unusable where one must be."""
 
 
+class SaveError(UserError):
+    """A checkpoint that the run cannot end without could not be written (disk full, folder gone); earlier ones stay."""
+
+
 class DataError(DinoScaleError):
     """Annotations, images, shards or weights whose content is wrong."""
 
@@ -39,6 +50,10 @@ class CheckpointError(DataError):
 
 class NonFiniteError(DinoScaleError):
     """Loss or gradient became NaN or infinite more often than the configuration allows."""
+
+
+class WorkerMemoryError(UserError):
+    """A worker needed more memory than there is; the message says what to change. The run can be resumed then."""
 
 
 class Interrupted(DinoScaleError):

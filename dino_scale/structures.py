@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kernels.transfer import to_device
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -32,9 +34,16 @@ class Targets:
         return list(zip(self.labels.split(sizes), self.boxes.split(sizes), strict=True))
 
     def to(self, device: torch.device | str) -> Targets:
-        return replace(
-            self, labels=self.labels.to(device, non_blocking=True), boxes=self.boxes.to(device, non_blocking=True)
-        )
+        return replace(self, labels=to_device(self.labels, device), boxes=to_device(self.boxes, device))
+
+    def pin_memory(self) -> Targets:
+        """In page-locked memory, from which a copy to a GPU does not hold up the process. Needs a GPU."""
+        return replace(self, labels=self.labels.pin_memory(), boxes=self.boxes.pin_memory())
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tell the allocator that work on `stream` reads these tensors. On a GPU only."""
+        self.labels.record_stream(stream)
+        self.boxes.record_stream(stream)
 
 
 @dataclass(frozen=True)
@@ -59,14 +68,22 @@ class Batch:
     replaced: int = 0
 
     def to(self, device: torch.device | str) -> Batch:
-        return replace(self, images=self.images.to(device, non_blocking=True), targets=self.targets.to(device))
+        return replace(self, images=to_device(self.images, device), targets=self.targets.to(device))
+
+    def pin_memory(self) -> Batch:
+        """As `Targets.pin_memory`."""
+        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """As `Targets.record_stream`."""
+        self.images.record_stream(stream)
+        self.targets.record_stream(stream)
 
     def padding_mask(self) -> Tensor:
         """(B, H, W) bool on the images' device, True where a pixel is padding."""
         height, width = self.images.shape[-2:]
         device = self.images.device
-        heights = torch.tensor([h for h, _ in self.sizes], device=device)
-        widths = torch.tensor([w for _, w in self.sizes], device=device)
+        heights, widths = to_device(torch.tensor(self.sizes).view(-1, 2), device).unbind(1)
         below = torch.arange(height, device=device)[None, :, None] >= heights[:, None, None]
         right = torch.arange(width, device=device)[None, None, :] >= widths[:, None, None]
         return below | right

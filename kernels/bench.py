@@ -7,7 +7,7 @@ of them alike, and the ratios stay when the times move. The first turn, which co
 from __future__ import annotations
 
 import functools
-import importlib.util
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.bench_official import OFFICIAL_OP, attention_by_grid_sample, attention_by_official_op, match_whole_batch
+from kernels.bench_official import attention_by_grid_sample, match_whole_batch
+from kernels.bench_peers import installed, peers
 from kernels.deform_attn import deform_attn
 from kernels.matching import match
 
@@ -50,7 +51,7 @@ SWEEP = {
 
 @dataclass(frozen=True)
 class Row:
-    """One contender of one comparison. ratio: how many times faster than the usual way it is."""
+    """One contender of one comparison. ratio: how many times faster than the usual way it is. NaN: not measured."""
 
     what: str
     dtype: str
@@ -58,14 +59,6 @@ class Row:
     implementation: str
     milliseconds: float
     ratio: float
-
-
-def missing_peers() -> list[str]:
-    """What a comparison on a GPU would like to have and this one has not, one line each."""
-    lines = [f"{name} is not measured: no adapter to it is written" for name in ("DCNv4", "msda-triton")]
-    if importlib.util.find_spec(OFFICIAL_OP) is None:
-        lines.insert(0, f"the official CUDA operator is not measured: its module {OFFICIAL_OP} is not built here")
-    return lines
 
 
 def measure(device: str, turns: int) -> Iterator[Row]:
@@ -89,14 +82,28 @@ def _compare_attention(
 ) -> Iterator[Row]:
     case = attention_case(layer, dtype, device)
     ways: dict[str, Callable[..., Tensor]] = {"grid_sample": attention_by_grid_sample}
+    passes = "forward + backward" if backward else "forward"
     if device.type == "cuda":
         ways["grid_sample compiled"] = torch.compile(attention_by_grid_sample)
-        if importlib.util.find_spec(OFFICIAL_OP) is not None:
-            ways["official op"] = attention_by_official_op
+        for name, (module, way) in peers().items():
+            problem = "" if installed(module) else "not installed"
+            problem = problem or _failure(functools.partial(_attend, way, case, layer.level_shapes, backward))
+            if problem:
+                yield Row(layer.name, NAME[dtype], passes, f"{name} ({problem})", math.nan, math.nan)
+            else:
+                ways[name] = way
     ways["triton" if device.type == "cuda" else "numba"] = deform_attn
     runs = {name: functools.partial(_attend, way, case, layer.level_shapes, backward) for name, way in ways.items()}
-    passes = "forward + backward" if backward else "forward"
     yield from _rows(layer.name, NAME[dtype], passes, _least_times(runs, device, turns))
+
+
+def _failure(run: Callable[[], object]) -> str:
+    """Why it cannot be measured, "" if it can: a peer built for something else shall not end the comparison."""
+    try:
+        run()
+    except Exception as error:
+        return f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return ""
 
 
 def attention_case(layer: Layer, dtype: torch.dtype, device: torch.device) -> Case:

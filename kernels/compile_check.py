@@ -40,12 +40,19 @@ class Compiled:
 
 
 def compile_kernel(
-    kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], *, capability: int, warps: int
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    *,
+    capability: int,
+    warps: int,
+    registers: int | None = None,
 ) -> Compiled:
     """Compile for compute capability 80, 90, 100, ...
 
     types: Triton type of every argument that is not a constant, such as "*bf16", "i32"; pointers are taken to be
-    aligned to 16 bytes, as those of torch are. Raises what the compiler raises.
+    aligned to 16 bytes, as those of torch are. registers: limit per thread, None: the compiler's choice. Raises what
+    the compiler raises.
     """
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {
@@ -54,7 +61,8 @@ def compile_kernel(
         if signature[name].startswith("*")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, WARP), options={"num_warps": warps})
+    options = {"num_warps": warps, "maxnreg": registers}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
     registers, stack = _resources(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
     atomics = Counter(re.findall(r"\b(?:red|atom)\.[\w.:]+", ptx))

@@ -14,8 +14,10 @@ def add_benchmarks(parser: argparse.ArgumentParser, add: AddCommand) -> None:
     """Put one subcommand per measurement below `parser`; `add` makes one, as for the commands above it."""
     what = parser.add_subparsers(title="what is measured", metavar="WHAT", required=True)
     _kernels(what, add)
+    _step(what, add)
     _loader(what, add)
     _ladder(what, add)
+    _checkpoint(what, add)
 
 
 def _kernels(what: Any, add: AddCommand) -> None:
@@ -28,6 +30,21 @@ def _kernels(what: Any, add: AddCommand) -> None:
     parser = add(what, "kernels", text, "dino-scale bench kernels --device cpu --out kernels.csv", run)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--turns", type=int, default=5, metavar="N", help="the least of N times counts; default 5")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="new file")
+
+
+def _step(what: Any, add: AddCommand) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.bench_step import run
+
+        run(options)
+
+    text = "operators of a training step of DINO R50 4-scale, with the usual ones and with ours"
+    parser = add(what, "step", text, "dino-scale bench step --device cpu --out step.csv", run)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument("--size", type=int, default=320, metavar="PIXELS", help="side of the images; default 320")
+    parser.add_argument("--images", type=int, default=2, metavar="N", help="microbatch; default 2")
+    parser.add_argument("--turns", type=int, default=3, metavar="N", help="the least of N times counts; default 3")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="new file")
 
 
@@ -59,3 +76,18 @@ def _ladder(what: Any, add: AddCommand) -> None:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="1 (default): this process; more: Ray")
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="new file; default R/ladder.csv")
     parser.add_argument("--run-dir", type=Path, metavar="R", help="new folder; default runs/ladder-DATE-TIME")
+
+
+def _checkpoint(what: Any, add: AddCommand) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.bench_checkpoint import run
+
+        run(options)
+
+    text = "how long a save stops training, beside torch.save; saving and loading beside the bare disk"
+    parser = add(what, "checkpoint", text, "dino-scale bench checkpoint --out checkpoint.csv", run)
+    sizes = ("r50", "swin_l", "small")
+    parser.add_argument("--models", nargs="+", choices=sizes, default=["r50", "swin_l"], help="default: r50 swin_l")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
+    parser.add_argument("--turns", type=int, default=3, metavar="N", help="the least of N times counts; default 3")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="new file; its disk is measured")

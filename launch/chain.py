@@ -101,6 +101,6 @@ def _image_source(config: ChainConfig) -> Callable[[str, int], np.ndarray]:
     @cache
     def opened(stage: str) -> Index:
         data = config.stages[stage].data
-        return open_dataset(data.validation, data.cache, data.cache_shards)
+        return open_dataset(data.validation, data.cache, data.cache_shards, data.cache_gigabytes)
 
     return lambda stage, image_id: read_image(opened(stage), image_id)

@@ -6,7 +6,6 @@ Exit codes: 0 done, 2 user error, 3 data error, 4 interrupted but resumable, 1 a
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 import traceback
@@ -14,13 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from dino_scale.errors import DinoScaleError, UserError
+from dino_scale.errors import USERS_FILE_ERRORS, DinoScaleError, UserError
 from launch.bench_cli import add_benchmarks
+from launch.plan_cli import add_plan_options
 
 if TYPE_CHECKING:
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
 
-_THE_USERS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EDQUOT, errno.ENAMETOOLONG}
 _DEBUG = "DINO_SCALE_DEBUG"
 
 
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 4)
     except OSError as error:
-        if error.errno in _THE_USERS:
+        if error.errno in USERS_FILE_ERRORS:
             return _fail(f"{error.filename or 'a file'}: {(error.strerror or str(error)).lower()}", UserError.exit_code)
         return _report_bug()
     except Exception:
@@ -65,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (_demo, _pack, _doctor, _plan, _train, _resume, _evaluate, _predict, _report):
         add(commands)
-    for add in (_import_official, _export, _bench):
+    for add in (_import_official, _export, _reshard, _inspect, _bench):
         add(commands)
     return parser
 
@@ -160,8 +159,13 @@ def _add_raw_data(parser: argparse.ArgumentParser, required: bool) -> None:
     add("--also-after", type=int, default=0, metavar="N", help="of B.json leave out the first N images")
     add("--skip-unreadable", action="store_true", help="leave out and count images that are missing or do not decode")
     add(
-        "--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
-        help="processes; the result does not depend on it; default: CPU cores, at most 8",
+        "--workers", type=int, metavar="N",
+        help="processes; the result does not depend on it; default: CPU cores, at most 8; with --address all of them",
+    )  # fmt: skip
+    add(
+        "--address", metavar="A",
+        help="work as Ray tasks: auto or host:port joins a cluster (all its machines must see the folders), local "
+        "starts Ray here; default: no Ray",
     )  # fmt: skip
 
 
@@ -171,9 +175,11 @@ def _plan(commands: Commands) -> None:
 
         run(options)
 
-    text = "what a chain will do: steps, batches, memory per worker, shards; no accelerator is touched"
-    parser = _command(commands, "plan", text, "dino-scale plan configs/chain/demo.yaml --set launch.workers=8", run)
+    text = "what a chain will do and need: steps, memory, traffic, time, cost; no accelerator is touched"
+    example = "dino-scale plan configs/chain/objects365_coco_swin_l.yaml --gpu-memory 80 --images-per-second 40"
+    parser = _command(commands, "plan", text, example, run)
     parser.add_argument("chain", type=Path, metavar="CHAIN.yaml")
+    add_plan_options(parser)
     _add_overrides(parser)
 
 
@@ -282,6 +288,36 @@ def _export(commands: Commands) -> None:
     parser.add_argument("--weights", type=Path, required=True, metavar="W")
     parser.add_argument("--format", choices=("official", "safetensors"), required=True)
     parser.add_argument("--out", type=Path, required=True, metavar="X", help="new file")
+
+
+def _reshard(commands: Commands) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.reshard import run
+
+        run(options)
+
+    text = "a checkpoint in another number of files, in little memory; training reads any number of files as it is"
+    example = "dino-scale reshard runs/first/pretrain/checkpoints/step_00001000 --out archive --parts 4"
+    parser = _command(commands, "reshard", text, example, run)
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="folder step_XXXXXXXX of a run")
+    parser.add_argument("--out", type=Path, required=True, metavar="CKPT2", help="new folder")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--parts", type=int, metavar="N", help="number of shard files")
+    size.add_argument("--megabytes", type=float, metavar="MB", help="largest size of the tensors of a shard file")
+
+
+def _inspect(commands: Commands) -> None:
+    def run(options: argparse.Namespace) -> None:
+        from launch.commands.inspect import run
+
+        run(options)
+
+    text = "what a checkpoint holds; exit code 3 where a file is damaged"
+    example = "dino-scale inspect runs/first/pretrain/checkpoints/step_00001000 --verify"
+    parser = _command(commands, "inspect", text, example, run)
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="folder step_XXXXXXXX of a run")
+    parser.add_argument("--verify", action="store_true", help="read every file and compare its digest")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _bench(commands: Commands) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, TypeVar
 
+from dino_scale.config.schema import WorkerRange
 from dino_scale.training.control import Event
 from launch.signals import StopRequest
 from launch.worker import StageJob, StageResult
@@ -17,7 +18,7 @@ Show = Callable[[Event], None]
 class Engine(Protocol):
     """A context in which stages can be run. Between stages the training processes stay."""
 
-    workers: int  # training processes
+    workers: WorkerRange  # how many training processes there may be
     is_primary: bool  # True in the one process that writes the chain's state and talks to the user
 
     def __enter__(self) -> Engine: ...
@@ -43,5 +44,11 @@ class StageControl:
     def report(self, event: Event) -> None:
         self._show(event)
 
+    def beat(self, step: int, own_seconds: float | None = None) -> None:
+        """Nobody waits for a sign of life: the driver is this process."""
+
     def stop_requested(self) -> bool:
         return self._stop.requested
+
+    def save_requested(self) -> bool:
+        return self._stop.take_save_request()

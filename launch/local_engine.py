@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TypeVar
 
+from dino_scale.config.schema import WorkerRange
 from dino_scale.training import distributed
 from launch.engine import Show, StageControl
 from launch.signals import StopRequest
@@ -17,7 +18,7 @@ T = TypeVar("T")
 
 class LocalEngine:
     is_primary = True
-    workers = 1
+    workers = WorkerRange(1, 1)
 
     def __enter__(self) -> LocalEngine:
         distributed.join(0, 1, 0, 1, "127.0.0.1", free_port())

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 from data_pipeline.dataset import is_remote, open_dataset
 from data_pipeline.loader import microbatches_per_rank
-from dino_scale.config.schema import ChainConfig, ModelConfig, StageConfig
+from dino_scale.config.schema import ChainConfig, StageConfig, WorkerRange
 from dino_scale.errors import ConfigError, DataError
-from dino_scale.model.dino import Dino, build_model
 from dino_scale.training.optimizer import group_table, parameter_groups
 from dino_scale.training.schedule import total_steps
+from launch.elastic import worker_counts
+from launch.plan_memory import without_storage
 
 ASSUMED_CLASSES = 80  # where no data is there to count them
-_FLOAT_BYTES = 4  # parameters, gradients and moments are float32; bf16 is autocast only
 
 
 @dataclass(frozen=True)
 class DataPlan:
-    """A packed folder. images, classes, shards: None where the folder is not there (yet)."""
+    """A packed folder. images, classes, shards, bytes (of the images): None where the folder is not there (yet)."""
 
     folder: str
     images: int | None = None
     classes: int | None = None
     shards: int | None = None
+    bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,84 +45,46 @@ class StagePlan:
     zero_stage: int
 
 
-@dataclass(frozen=True)
-class ModelSize:
-    """Numbers of elements. buffers: persistent ones, such as frozen batch statistics."""
-
-    trained: int
-    frozen: int
-    buffers: int
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that one worker holds from step to step, without activations and images."""
-
-    zero_stage: int
-    parameters: int
-    gradients: int
-    optimizer: int
-    average: int
-
-    @property
-    def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.average
-
-
-def plan_stages(config: ChainConfig) -> list[StagePlan]:
-    """ConfigError where a batch does not divide among the workers."""
-    workers = 1 if config.launch.engine == "local" else config.launch.workers
-    return [_plan_stage(name, stage, workers) for name, stage in config.stages.items()]
-
-
-def model_size(config: ModelConfig, classes: int) -> ModelSize:
-    """Counted on a model without storage."""
-    model = _without_storage(config, classes)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    persistent = model.state_dict().keys()
-    buffers = sum(buffer.numel() for name, buffer in model.named_buffers() if name in persistent)
-    return ModelSize(trained, frozen, buffers)
+def plan_stages(config: ChainConfig, images: Mapping[str, int] | None = None) -> list[StagePlan]:
+    """images: of stages whose training data is not there yet. ConfigError where a batch does not divide."""
+    bounds = WorkerRange(1, 1) if config.launch.engine == "local" else config.launch.worker_range()
+    known = images or {}
+    return [_plan_stage(name, stage, bounds, known.get(name)) for name, stage in config.stages.items()]
 
 
 def group_tables(config: ChainConfig, classes: int) -> dict[tuple[tuple[str, ...], ...], list[str]]:
     """Every different table of parameter groups in the chain (headings first), and the stages that have it."""
-    model = _without_storage(config.model, classes)
+    model = without_storage(config.model, classes)
     tables: dict[tuple[tuple[str, ...], ...], list[str]] = {}
     for name, stage in config.stages.items():
         tables.setdefault(tuple(group_table(parameter_groups(model, stage.optimizer))), []).append(name)
     return tables
 
 
-def _without_storage(config: ModelConfig, classes: int) -> Dino:
-    with torch.device("meta"):
-        return build_model(config, classes, pretrained=False)
+def largest_image(stage: StageConfig, microbatch: int) -> tuple[int, int]:
+    """Padded (height, width) in pixels that a microbatch can come to: a wide image beside a tall one is the worst."""
+    longest = stage.augmentation.max_size
+    short = longest if microbatch > 1 else min(max(stage.augmentation.scales), longest)
+    height, width = (-(-side // stage.data.pad_multiple) * stage.data.pad_multiple for side in (short, longest))
+    return height, width
 
 
-def memory(size: ModelSize, zero_stage: int, workers: int, average: bool) -> Memory:
-    """What DeepSpeed keeps: from stage 1 a float32 master copy and the moments are split, from 2 the gradients too,
-    in stage 3 also the parameters. Stage 0 keeps everything whole and needs no master copy."""
-
-    def share(elements: int, from_stage: int) -> int:
-        return -(-elements // workers) if zero_stage >= from_stage else elements
-
-    masters_and_moments = 3 if zero_stage > 0 else 2
-    return Memory(
-        zero_stage,
-        parameters=_FLOAT_BYTES * (share(size.trained + size.frozen, 3) + size.buffers),
-        gradients=_FLOAT_BYTES * share(size.trained, 2),
-        optimizer=_FLOAT_BYTES * masters_and_moments * share(size.trained, 1),
-        average=_FLOAT_BYTES * share(size.trained, 1) if average else 0,
-    )
+def possible_microbatches(global_size: int, workers: int) -> list[int]:
+    """Powers of two up to 8 that divide every worker's share of the global batch."""
+    share = global_size // workers
+    return [size for size in (1, 2, 4, 8) if share % size == 0]
 
 
-def _plan_stage(name: str, stage: StageConfig, workers: int) -> StagePlan:
+def _plan_stage(name: str, stage: StageConfig, bounds: WorkerRange, images: int | None) -> StagePlan:
     try:
+        workers = worker_counts(stage.batch, bounds)[0]
         accumulation = microbatches_per_rank(stage.batch, workers)
     except ConfigError as error:
         raise ConfigError(f"stages.{name}.{error}") from None
     train = _plan_data(stage.data.train, f"stages.{name}.data.train")
     validation = _plan_data(stage.data.validation, f"stages.{name}.data.validation") if stage.data.validation else None
+    if train.images is None:
+        train = replace(train, images=images)
     steps: int | None = stage.schedule.steps or None
     if train.images:
         steps = total_steps(stage.schedule, train.images, stage.batch.global_size)
@@ -149,4 +111,5 @@ def _plan_data(folder: str, key: str) -> DataPlan:
         index = open_dataset(folder)
     except DataError as error:
         raise DataError(f"{key}: {error}") from None
-    return DataPlan(folder, len(index), len(index.categories), len(index.shard_names))
+    size = int(index.columns["image_sizes"].sum())
+    return DataPlan(folder, len(index), len(index.categories), len(index.shard_names), size)

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_pipeline.dataset import is_remote, open_dataset
-from data_pipeline.loader import microbatches_per_rank
-from dino_scale.config.schema import ChainConfig, StageConfig
+from dino_scale.config.schema import ChainConfig, StageConfig, WorkerRange
 from dino_scale.errors import ConfigError, DataError
+from launch.elastic import worker_counts
 
 
 def with_absolute_paths(config: ChainConfig) -> ChainConfig:
@@ -18,7 +18,12 @@ def with_absolute_paths(config: ChainConfig) -> ChainConfig:
     stages = {
         name: replace(
             stage,
-            data=replace(stage.data, train=_absolute(stage.data.train), validation=_absolute(stage.data.validation)),
+            data=replace(
+                stage.data,
+                train=_absolute(stage.data.train),
+                validation=_absolute(stage.data.validation),
+                cache=_absolute(stage.data.cache),
+            ),
             start=replace(stage.start, weights=_absolute(stage.start.weights)),
         )
         for name, stage in config.stages.items()
@@ -26,14 +31,14 @@ def with_absolute_paths(config: ChainConfig) -> ChainConfig:
     return replace(config, model=replace(config.model, backbone=backbone), stages=stages)
 
 
-def check(config: ChainConfig, workers: int) -> None:
+def check(config: ChainConfig, workers: WorkerRange) -> None:
     """ConfigError or DataError, naming stage and key, for what no worker could run."""
     _require_file(config.model.backbone.weights, "model.backbone.weights")
     for name, stage in config.stages.items():
         _check_data(name, stage)
         _require_file(stage.start.weights, f"stages.{name}.start.weights")
         try:
-            microbatches_per_rank(stage.batch, workers)
+            worker_counts(stage.batch, workers)
         except ConfigError as error:
             raise ConfigError(f"stages.{name}.{error}") from None
 
@@ -45,7 +50,7 @@ def _check_data(name: str, stage: StageConfig) -> None:
         if not folder:
             continue
         try:
-            open_dataset(folder, stage.data.cache, stage.data.cache_shards)
+            open_dataset(folder, stage.data.cache, stage.data.cache_shards, stage.data.cache_gigabytes)
         except DataError as error:
             raise DataError(f"stages.{name}.data.{key}: {error}") from None
 

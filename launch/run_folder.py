@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -88,16 +89,18 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other drivers out of this folder; the lock ends with the process."""
+        """Keep other drivers out of this folder; the lock ends with the process. RunFolderError names who has it."""
         with (self.path / LOCK).open("a+", encoding="utf-8") as file:
             deadline = time.monotonic() + _LOCK_SECONDS
             while not _try_lock(file.fileno()):
                 if time.monotonic() > deadline:
                     file.seek(0)
-                    raise RunFolderError(f"{self.path} is in use by process {file.read().strip() or 'unknown'}")
+                    raise RunFolderError(
+                        f"{self.path} is in use by process {file.read().strip() or 'unknown'}: wait for it, or end it"
+                    )
                 time.sleep(0.2)
             file.truncate(0)
-            file.write(str(os.getpid()))
+            file.write(f"{os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
             file.flush()
             yield
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TypeVar
 
+from dino_scale.config.schema import WorkerRange
 from dino_scale.errors import UserError
 from dino_scale.training import distributed
 from launch.engine import Show, StageControl
@@ -31,13 +32,14 @@ class TorchrunEngine:
                 f"launch.engine is torchrun, but {', '.join(missing)} is not set: start the command with torchrun "
                 "or srun, or use --set launch.engine=local"
             )
-        self.rank, self.workers, self.local_rank = (_number(name) for name in names[:3])
+        self.rank, self.world, self.local_rank = (_number(name) for name in names[:3])
+        self.workers = WorkerRange(self.world, self.world)
         self.local_world = _number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else 1
         self.address, self.port = os.environ["MASTER_ADDR"], _number("MASTER_PORT")
         self.is_primary = self.rank == 0
 
     def __enter__(self) -> TorchrunEngine:
-        distributed.join(self.rank, self.workers, self.local_rank, self.local_world, self.address, self.port)
+        distributed.join(self.rank, self.world, self.local_rank, self.local_world, self.address, self.port)
         return self
 
     def __exit__(

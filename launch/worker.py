@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from dino_scale.evaluation.detector import detect_all, evaluate_over_ranks, gath
 from dino_scale.evaluation.result import EvaluationResult
 from dino_scale.loss.criterion import Criterion
 from dino_scale.model.dino import Dino, build_model
+from dino_scale.precision import BF16_PARAMETERS
 from dino_scale.structures import Batch
 from dino_scale.training import distributed
 from dino_scale.training.control import Control, EvaluationEvent, MessageEvent
@@ -33,10 +34,12 @@ from dino_scale.training.ema import WeightAverage
 from dino_scale.training.metrics import MetricsLog
 from dino_scale.training.objective import Objective
 from dino_scale.training.optimizer import aligned, group_table, parameter_groups
-from dino_scale.training.sample_log import SampleLog, forget_after
+from dino_scale.training.prefetch import on_device
+from dino_scale.training.sample_log import open_log
 from dino_scale.training.schedule import total_steps
 from dino_scale.training.trainer import Progress, StageLength, Trainer
 from dino_scale.training.zero import ZeroEngine
+from launch.stage_checkpoints import StageCheckpoints
 
 WEIGHTS = "weights.safetensors"
 
@@ -67,6 +70,7 @@ def run_stage(job: StageJob, control: Control) -> StageResult:
     try:
         return run.execute()
     finally:
+        run.checkpoints.close()
         run.engine.destroy()
 
 
@@ -77,19 +81,30 @@ class _StageRun:
         self.job, self.control = job, control
         self.config: StageConfig = job.config.stages[job.stage]
         self.folder = Path(job.run_dir) / job.stage
-        self.checkpoints = self.folder / "checkpoints"
         data = self.config.data
-        self.index = open_dataset(data.train, data.cache, data.cache_shards)
-        self.validation = open_dataset(data.validation, data.cache, data.cache_shards) if data.validation else None
+        cache = (data.cache, data.cache_shards, data.cache_gigabytes)
+        self.index = open_dataset(data.train, *cache)
+        self.validation = open_dataset(data.validation, *cache) if data.validation else None
         self._require_same_classes()
         batch = self.config.batch
         self.accumulation = microbatches_per_rank(batch, distributed.world_size())
         steps = total_steps(self.config.schedule, len(self.index), batch.global_size)
         self.length = StageLength(len(self.index), steps, batch.global_size)
-        newest = distributed.on_rank_zero(lambda: store.find_newest(self.checkpoints, self._say))
+        root = self.folder / "checkpoints"
+        newest = store.find_newest_together(root, self._say)
         self.engine = self._build_engine(self._build_model(fresh=newest is None))
         self.average = WeightAverage(self.engine, self.config.ema_decay) if self.config.ema_decay > 0 else None
         self.progress = Progress() if newest is None else self._continue_from(*newest)
+        self.checkpoints = StageCheckpoints(
+            root,
+            self.engine,
+            self.config.checkpoint,
+            seed=self.job.config.seed,
+            index_digest=self.index.digest,
+            global_size=self.length.global_size,
+            say=self._say,
+            present="" if newest is None else newest[0].name,
+        )
         self.metrics: dict[str, float] = {}
 
     def execute(self) -> StageResult:
@@ -102,15 +117,15 @@ class _StageRun:
             self.average,
             MetricsLog(self.folder / "metrics.jsonl", self.progress.step, enabled=distributed.rank() == 0),
             self.control,
-            save=self._save,
+            self.checkpoints,
             evaluate=self._evaluate,
-            samples=self._sample_log(),
+            samples=open_log(self.folder / "samples", self.progress.step, wanted=self.config.data.log_samples),
         )
         start = self.progress.step
         if trainer.run(self._data(), self.progress):
             return StageResult(self.progress.step, interrupted=True)
         if self.progress.step > start:
-            self._save(self.progress)
+            self.checkpoints.save(self.progress, required=True)
         self._finish()
         return StageResult(self.progress.step, self.metrics)
 
@@ -156,6 +171,7 @@ class _StageRun:
             clip_norm=optimizer.clip_norm,
             betas=optimizer.betas,
             epsilon=optimizer.epsilon,
+            bf16_parameters=self.config.precision == BF16_PARAMETERS,
         )
 
     def _continue_from(self, folder: Path, manifest: store.Manifest) -> Progress:
@@ -168,10 +184,11 @@ class _StageRun:
         self._say(
             f"continues from {folder.name} (written by {manifest.world_size} workers, ZeRO {manifest.zero_stage})"
         )
-        return Progress(manifest.step, manifest.skipped_steps)
+        return Progress(manifest.step, manifest.skipped_steps, manifest.best)
 
     def _data(self) -> Iterator[list[Batch]]:
-        return training_microbatches(
+        device = distributed.device()
+        steps = training_microbatches(
             self.index,
             seed=self.job.config.seed,
             augmentation=self.config.augmentation,
@@ -184,13 +201,9 @@ class _StageRun:
             order=self.config.data.order,
             pad_multiple=self.config.data.pad_multiple,
             on_bad=self._note_bad,
+            pin=device.type == "cuda",
         )
-
-    def _sample_log(self) -> SampleLog | None:
-        """Where the image ids of every step go, if they are wanted; earlier records of steps done again go first."""
-        folder = self.folder / "samples"
-        distributed.on_rank_zero(lambda: forget_after(folder, self.progress.step))
-        return SampleLog(folder, distributed.rank(), distributed.world_size()) if self.config.data.log_samples else None
+        return on_device(steps, device)
 
     def _note_bad(self, bad: BadSample) -> None:
         """One line in bad_samples.jsonl; every rank appends its own, a short append is not torn."""
@@ -198,16 +211,6 @@ class _StageRun:
         with open(self.folder / "bad_samples.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"rank": distributed.rank(), **asdict(bad)}) + "\n")
         self._say(f"image {bad.image_id} could not be read, image {bad.replaced_by} takes its place: {bad.reason}")
-
-    def _save(self, progress: Progress) -> None:
-        position = store.Position(
-            step=progress.step,
-            skipped_steps=progress.skipped,
-            samples_seen=progress.step * self.length.global_size,
-            seed=self.job.config.seed,
-            index_digest=self.index.digest,
-        )
-        store.save(self.checkpoints, self.engine, position, self.config.checkpoint.keep_last)
 
     def _state(self) -> dict[str, torch.Tensor]:
         kind = AVERAGE if self.average is not None else "fp32"
@@ -230,7 +233,7 @@ class _StageRun:
         )
         own = detect_all(
             model.to(distributed.device()),
-            batches,
+            self._with_beats(batches),
             self.index.categories,
             mean=data.mean,
             std=data.std,
@@ -243,10 +246,17 @@ class _StageRun:
         if distributed.rank() == 0:
             write_evaluation(self.folder / "evaluation", progress.step, result, found)
             self.control.report(EvaluationEvent(self.job.stage, progress.step, self.metrics))
+        self.checkpoints.evaluated(progress, self.metrics)
+
+    def _with_beats(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.control.beat(self.progress.step)
+            yield batch
 
     def _finish(self) -> None:
-        """The stage's result: its last evaluation and its weights file."""
+        """The stage's result: its last evaluation and its weights file, and a checkpoint that is on the disk."""
         self._evaluate(self.progress)
+        self.checkpoints.settle()
         state = self._state()
         if distributed.rank() == 0:
             data, evaluation = self.config.data, self.config.evaluation

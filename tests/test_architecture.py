@@ -32,7 +32,7 @@ class Home:
 
 
 HOMES = {
-    "ray": Home("launch.ray_engine"),
+    "ray": Home("launch.ray_session"),
     "deepspeed": Home("dino_scale.training.zero"),
     "timm": Home("dino_scale.model.backbone"),
     "pycocotools": Home("dino_scale.evaluation.coco"),
@@ -40,6 +40,7 @@ HOMES = {
     "fsspec": Home("data_pipeline", required=False),
     "webdataset": Home("data_pipeline"),
     "simplejpeg": Home("data_pipeline"),
+    "zlib_ng": Home("data_pipeline", required=False),
     "triton": Home("kernels", single=False),
     "numba": Home("kernels", single=False),
 }
@@ -334,7 +335,7 @@ def test_checker_sees_misplaced_doubled_and_absent_libraries(tmp_path: Path) -> 
     modules = plant(
         tmp_path,
         {
-            "launch/ray_engine.py": "import ray\n",
+            "launch/ray_session.py": "import ray\n",
             "launch/chain.py": "def f():\n    from ray.util import placement_group\n",
             "data_pipeline/a.py": "import simplejpeg\n",
             "data_pipeline/b.py": "import simplejpeg\n",
@@ -346,8 +347,8 @@ def test_checker_sees_misplaced_doubled_and_absent_libraries(tmp_path: Path) -> 
         },
     )
     assert misplaced_libraries(modules) == [
-        "launch.chain imports ray: expected only launch.ray_engine to do so",
-        "ray is imported by launch.chain, launch.ray_engine: expected one module",
+        "launch.chain imports ray: expected only launch.ray_session to do so",
+        "ray is imported by launch.chain, launch.ray_session: expected one module",
         "pycocotools is imported nowhere: expected in dino_scale.evaluation.coco",
         "simplejpeg is imported by data_pipeline.a, data_pipeline.b: expected one module",
     ]

@@ -159,6 +159,9 @@ class _Decoder:
 
     def _union(self, tree: Tree, kinds: tuple[Any, ...], key: str) -> Any:
         """The narrowest alternative that takes the value; text only when nothing else does."""
+        grouped = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+        if grouped and isinstance(tree, Mapping):
+            return self._dataclass(tree, grouped[0], key)
         for kind in (*(k for k in (bool, int, float) if k in kinds), *(k for k in kinds if get_origin(k)), str):
             if kind not in kinds:
                 continue
@@ -200,6 +203,8 @@ def _parse_scalar(tree: Scalar, kind: Any) -> Any:
 
 def _described(kind: Any) -> str:
     names = {str: "text ('' for none)", bool: "true or false", int: "a whole number", float: "a finite number"}
+    if dataclasses.is_dataclass(kind):
+        return f"a mapping with {' and '.join(_field_names(kind))}"
     return names[kind] if kind in names else f"a list such as {_example(kind)}"
 
 

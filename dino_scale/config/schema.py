@@ -6,6 +6,7 @@ The comment beside a field gives its unit and, where a value is published, its s
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -105,8 +106,9 @@ class DataConfig:
     validation: str = ""  # folder; empty: no evaluation
     cache: str = ""  # folder on each node for copies from addresses; empty: one in the system's temporary folder
     cache_shards: bool = False  # copy whole shards from addresses, instead of asking for one image at a time
+    cache_gigabytes: float = 0.0  # (10^9 bytes) all shards in `cache` together, least recently used go; 0: no limit
     loader_workers: int = 2  # processes per training worker; 0: read in the training process
-    # windowed: neighbours in the shards stay near; size_planned: like sizes share a microbatch
+    # windowed: four shards at a time; size_planned: like sizes share a microbatch
     order: Literal["permutation", "windowed", "size_planned"] = "permutation"
     bad_share: float = 0.001  # unreadable images may be replaced up to this share of those seen (at least one epoch)
     pad_multiple: int = 1  # padded height and width are rounded up to a multiple of this, for compiled models
@@ -115,6 +117,10 @@ class DataConfig:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
+        _require(
+            0 <= self.cache_gigabytes < math.inf,
+            f"data.cache_gigabytes is {self.cache_gigabytes}: expected 0 (no limit) or more",
+        )
         _require(0 <= self.bad_share <= 1, f"data.bad_share is {self.bad_share}: expected a share from 0 to 1")
         _require(self.pad_multiple >= 1, f"data.pad_multiple is {self.pad_multiple}: expected 1 or more pixels")
 
@@ -208,8 +214,15 @@ class StartConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every_steps: int = 1000  # 0: only at the end and when interrupted
+    every_steps: int = 1000  # 0: not by steps; at the end and when interrupted a checkpoint is always written
+    every_minutes: float = 0.0  # since the last one began, by the clock of rank 0; 0: not by time
     keep_last: int = 3  # older ones are deleted
+    keep_best: bool = False  # also keep that of the evaluation with the highest AP, as best_XXXXXXXX
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 0, f"checkpoint.every_steps is {self.every_steps}: expected 0 (off) or more")
+        _require(self.every_minutes >= 0, f"checkpoint.every_minutes is {self.every_minutes}: expected 0 (off) or more")
+        _require(self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}: expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -238,23 +251,62 @@ class StageConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast; parameters, coordinates and losses stay fp32
+    # bf16: autocast; parameters, coordinates and losses stay fp32. bf16_parameters: parameters are bf16 too, beside
+    # fp32 masters that DeepSpeed splits; needs zero_stage 1 to 3
+    precision: Literal["fp32", "bf16", "bf16_parameters"] = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1  # DeepSpeed ZeRO
     ema_decay: float = 0.0  # exponential moving average of the weights per step; 0: off (official 0.9997 when on)
     log_every_steps: int = 10
     non_finite_limit: int = 10  # steps with a non-finite loss that may be skipped before the run stops
 
+    def __post_init__(self) -> None:
+        _require(
+            self.precision != "bf16_parameters" or self.zero_stage > 0,
+            "precision is bf16_parameters with zero_stage 0: expected zero_stage 1, 2 or 3 with it, or precision bf16 "
+            "(DeepSpeed's optimizer for this pair differs from the others and cannot be resumed under them)",
+        )
+
+
+@dataclass(frozen=True)
+class WorkerRange:
+    """As many workers as the machines at hand allow, within these bounds; more or fewer while the run goes on."""
+
+    min: int = 1
+    max: int = 1
+
+    def __post_init__(self) -> None:
+        _require(self.min >= 1, f"launch.workers.min is {self.min}: expected at least 1")
+        _require(
+            self.max >= self.min,
+            f"launch.workers.max is {self.max}: expected at least launch.workers.min ({self.min})",
+        )
+
 
 @dataclass(frozen=True)
 class LaunchConfig:
     engine: Literal["ray", "local", "torchrun"] = "ray"
-    workers: int = 1  # training processes, one per accelerator (ray only; local has 1, torchrun brings its own number)
+    # training processes, one per accelerator: N, or {min: A, max: B} to follow the machines that come and go
+    workers: int | WorkerRange = 1  # (ray only; local has 1, torchrun brings its own number)
     threads: int = 1  # CPU threads of each training process; 0: torch's own choice
     address: str = "local"  # ray only: "local" starts Ray on this machine, "auto" or host:port joins a cluster
+    # ray only: how often a stage starts again after lost workers or machines, counted anew after every checkpoint
+    retries: int = 5
+    # ray only: workers without a sign of life for this long start again; so long a run waits for machines it lacks
+    patience_minutes: float = 30.0  # (steps and images of an evaluation count as signs of life)
+    check_memory: bool = True  # refuse what cannot fit into this machine (hosts of a cluster elsewhere are not seen)
+    notice_file: str = ""  # ray only: a machine on which this file appears is about to be taken away; empty: none
 
     def __post_init__(self) -> None:
-        _require(self.workers >= 1, f"launch.workers is {self.workers}: expected at least 1")
+        if isinstance(self.workers, int):
+            _require(self.workers >= 1, f"launch.workers is {self.workers}: expected at least 1")
         _require(self.threads >= 0, f"launch.threads is {self.threads}: expected 0 (torch's choice) or more")
+        _require(self.retries >= 0, f"launch.retries is {self.retries}: expected 0 or more")
+        _require(self.patience_minutes > 0, f"launch.patience_minutes is {self.patience_minutes}: expected more than 0")
+
+    def worker_range(self) -> WorkerRange:
+        """Bounds on the number of workers; equal ones where the number is fixed."""
+        workers = self.workers
+        return WorkerRange(workers, workers) if isinstance(workers, int) else workers
 
 
 @dataclass(frozen=True)

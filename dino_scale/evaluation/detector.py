@@ -13,6 +13,7 @@ from dino_scale.evaluation.result import EvaluationResult
 from dino_scale.model.dino import Dino
 from dino_scale.model.postprocess import detect
 from dino_scale.model.preprocess import normalise
+from dino_scale.precision import autocast
 from dino_scale.structures import Batch, Category
 from dino_scale.training import distributed
 
@@ -37,7 +38,7 @@ def detect_all(
     found: list[dict[str, Any]] = []
     for batch in batches:
         images, padding_mask = normalise(batch.to(device), mean, std)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(device, precision):
             outputs = model(images, padding_mask)
         results = detect(outputs, batch.original_sizes, detections)
         found += to_coco_detections([result.to("cpu") for result in results], batch.image_ids, categories)

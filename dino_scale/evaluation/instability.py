@@ -18,6 +18,7 @@ from dino_scale.config.schema import LossConfig
 from dino_scale.loss.matcher import match_layers
 from dino_scale.model.dino import Dino
 from dino_scale.model.preprocess import normalise
+from dino_scale.precision import autocast
 from dino_scale.structures import Batch
 
 
@@ -52,7 +53,7 @@ def matched_queries(
     identities: list[Tensor] = []
     for batch in batches:
         images, padding_mask = normalise(batch.to(device), mean, std)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(device, precision):
             memory, layout = model.encode(images, padding_mask)
             queries = model.queries(memory, layout)
             decoded = model.decode(queries, None, memory, layout)

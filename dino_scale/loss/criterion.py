@@ -5,6 +5,8 @@ Shape letters: Lyr layers, B images, Q queries, C classes, T boxes of all images
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -14,7 +16,9 @@ from dino_scale.config.schema import LossConfig
 from dino_scale.loss.matcher import match_layers
 from dino_scale.model.outputs import DenoisingOutputs, Outputs
 from dino_scale.structures import Targets
+from kernels.transfer import to_device
 
+Matcher = Callable[[Tensor, Tensor, Targets, LossConfig], Tensor]  # as `match_layers`
 _PARTS = ("class", "box", "giou")
 
 
@@ -25,8 +29,9 @@ class Criterion:
     workers add up to the loss of the batch; denoising sums are divided by box_count * groups.
     """
 
-    def __init__(self, config: LossConfig) -> None:
-        self.config = config
+    def __init__(self, config: LossConfig, matcher: Matcher = match_layers) -> None:
+        """matcher: another one only to compare with, or where tensors have no values (the plan of memory)."""
+        self.config, self.matcher = config, matcher
 
     def __call__(self, outputs: Outputs, targets: Targets, box_count: float | Tensor) -> dict[str, Tensor]:
         """ "total" (weighted, differentiable) and the unweighted parts "decoder0/class", ..., "denoising0/giou".
@@ -35,7 +40,7 @@ class Criterion:
         """
         logits, boxes = _with_encoder(outputs)
         image = _image_of_targets(targets, logits.device)
-        query = match_layers(logits, boxes, targets, self.config)
+        query = self.matcher(logits, boxes, targets, self.config)
         names = [f"decoder{layer}" for layer in range(len(outputs.logits))]
         if outputs.encoder_logits is not None:
             names.append("encoder")
@@ -106,7 +111,8 @@ def _with_encoder(outputs: Outputs) -> tuple[Tensor, Tensor]:
 def _image_of_targets(targets: Targets, device: torch.device) -> Tensor:
     """(T,) int64."""
     counts = torch.tensor(targets.counts, dtype=torch.int64)
-    return torch.repeat_interleave(torch.arange(len(counts)), counts).to(device, non_blocking=True)
+    images = torch.arange(len(counts))
+    return to_device(torch.repeat_interleave(images, counts, output_size=sum(targets.counts)), device)
 
 
 def _named(names: list[str], parts: Tensor) -> dict[str, Tensor]:

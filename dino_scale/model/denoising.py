@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dino_scale.boxes import inverse_sigmoid, to_centred, to_corners
 from dino_scale.config.schema import DenoisingConfig
 from dino_scale.structures import Targets
+from kernels.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Denoiser(nn.Module):
         device = targets.boxes.device
         most = max(targets.counts, default=0)
         size = groups * self.blocks * most
-        labels = noised_labels(targets.labels, draws, self.config.label_noise).to(device)
+        labels = noised_labels(targets.labels, draws, self.config.label_noise)
         boxes = noised_boxes(targets.boxes, draws, self.config)
         image, slot = _places(targets.counts, groups * self.blocks, device)
         embedded = self.label_embedding(labels)
@@ -109,7 +110,8 @@ def noised_labels(labels: Tensor, draws: Draws, label_noise: float) -> Tensor:
     """(N,) labels of all blocks, half of the share `label_noise` of them drawn anew."""
     chosen = torch.nonzero(draws.label_p < label_noise * 0.5)[:, 0]
     repeats = len(draws.label_p) // max(len(labels), 1)
-    return labels.repeat(repeats).index_put((chosen.to(labels.device),), draws.new_label.to(labels.device))
+    chosen, new_label = (to_device(tensor, labels.device) for tensor in (chosen, draws.new_label))
+    return labels.repeat(repeats).index_put((chosen,), new_label)
 
 
 def noised_boxes(boxes: Tensor, draws: Draws, config: DenoisingConfig) -> Tensor:
@@ -118,8 +120,8 @@ def noised_boxes(boxes: Tensor, draws: Draws, config: DenoisingConfig) -> Tensor
     Contrastive: each corner moves by up to half a side, times box_noise; negatives by half a side to a whole one.
     Plain (DN-DETR, section 4.3): the centre moves by up to half a side, the sides change by up to themselves.
     """
-    sign = draws.sign.to(boxes) * 2 - 1
-    part = draws.part.to(boxes)
+    sign = to_device(draws.sign.to(boxes.dtype), boxes.device) * 2 - 1
+    part = to_device(draws.part.to(boxes.dtype), boxes.device)
     repeated = boxes.repeat(len(part) // max(len(boxes), 1), 1)
     half = repeated[:, 2:] / 2
     if config.kind == "plain":
@@ -148,4 +150,4 @@ def _places(counts: tuple[int, ...], blocks: int, device: torch.device) -> tuple
     image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64))
     within = torch.cat([torch.arange(count) for count in counts] or [torch.arange(0)])
     slot = (torch.arange(blocks)[:, None] * most + within).flatten()
-    return image.repeat(blocks).to(device, non_blocking=True), slot.to(device, non_blocking=True)
+    return to_device(image.repeat(blocks), device), to_device(slot, device)

@@ -9,6 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
+class CoordinateLinear(nn.Linear):
+    """A Linear whose result decides where something is: float32, whatever autocast says and the weights are kept in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return functional.linear(x.float(), self.weight.float(), self.bias.float())
+
+
 class Perceptron(nn.Module):
     """Linear layers with ReLU between them."""
 
@@ -23,16 +31,16 @@ class Perceptron(nn.Module):
 
 
 class BoxHead(Perceptron):
-    """(..., C) to a step (..., 4) in logit space, float32 also under autocast: its last layer decides coordinates."""
+    """(..., C) to a step (..., 4) in logit space, always float32: its last layer decides coordinates."""
 
     def __init__(self, hidden: int) -> None:
-        super().__init__(hidden, hidden, hidden, 4)
+        super().__init__(hidden, hidden, hidden)
+        self.layers.append(CoordinateLinear(hidden, 4))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
             x = functional.relu(layer(x))
-        with torch.autocast(x.device.type, enabled=False):
-            return self.layers[-1](x.float())
+        return self.layers[-1](x)
 
 
 class FeedForward(nn.Module):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dino_scale.structures import Batch
+from kernels.transfer import to_device
 
 
 def normalise(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -17,8 +18,8 @@ def normalise(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> tupl
     padding mask: (B, H, W) bool, True on padding.
     """
     device = batch.images.device
-    scale = (1 / (255 * torch.tensor(std))).view(1, 3, 1, 1).to(device, non_blocking=True)
-    shift = (torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1).to(device, non_blocking=True)
+    scale = to_device((1 / (255 * torch.tensor(std))).view(1, 3, 1, 1), device)
+    shift = to_device((torch.tensor(mean) / torch.tensor(std)).view(1, 3, 1, 1), device)
     padding = batch.padding_mask()
     images = (batch.images * scale - shift).masked_fill(padding[:, None], 0)
     return images, padding

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_scale.config.schema import ModelConfig
-from dino_scale.model.heads import BoxHead
+from dino_scale.model.heads import BoxHead, CoordinateLinear
 from dino_scale.model.position import encode_boxes
 from dino_scale.model.tokens import Layout, pixel_grid
 
@@ -50,18 +50,16 @@ class LearnedQueries(nn.Module):
             self.anchors = nn.Embedding(config.queries, 4)
         else:
             self.positions = nn.Embedding(config.queries, config.hidden)
-            self.point = nn.Linear(config.hidden, 2)
+            self.point = CoordinateLinear(config.hidden, 2)
 
     def forward(self, memory: Tensor, layout: Layout) -> Queries:
         batch = memory.shape[0]
         content = _for_batch(all_rows(self.content), batch)
         if self.anchors is not None:
-            return Queries(content, _for_batch(all_rows(self.anchors), batch))
+            return Queries(content, _for_batch(all_rows(self.anchors).float(), batch))
         assert self.positions is not None
         positions = all_rows(self.positions)
-        with torch.autocast(memory.device.type, enabled=False):  # coordinates stay float32
-            points = self.point(positions)
-        return Queries(content, _for_batch(points, batch), _for_batch(positions, batch))
+        return Queries(content, _for_batch(self.point(positions), batch), _for_batch(positions, batch))
 
 
 class SelectedQueries(nn.Module):

@@ -47,5 +47,14 @@ class Control(Protocol):
     def report(self, event: Event) -> None:
         """Hand over an event; called on rank 0 only, must not block for long."""
 
+    def beat(self, step: int, own_seconds: float | None = None) -> None:
+        """A sign of life, on every rank after every step, and now and then in evaluations.
+
+        own_seconds: of a step, what this rank spent in it without waiting for others.
+        """
+
     def stop_requested(self) -> bool:
         """True once the worker should save and return; ranks may hear of it at different times and agree themselves."""
+
+    def save_requested(self) -> bool:
+        """True while a request to save and go on is not served; to ask is to serve it, so ask once per step."""

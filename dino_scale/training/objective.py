@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from dino_scale.loss.criterion import Criterion
 from dino_scale.model.dino import Dino
 from dino_scale.model.preprocess import normalise
+from dino_scale.precision import autocast
 from dino_scale.structures import Batch
 
 
 class Objective(nn.Module):
-    """normalise -> detector (under autocast when precision is bf16) -> loss in float32."""
+    """normalise -> detector (under autocast unless precision is fp32) -> loss in float32."""
 
     def __init__(
         self,
@@ -33,7 +34,7 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, box_count: float, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """(scalar loss, detached parts by name). `box_count`: boxes of the whole global batch, at least 1."""
         images, padding_mask = normalise(batch, self.mean, self.std)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with autocast(images.device, self.precision):
             outputs = self.model(images, padding_mask, batch.targets, generator)
         losses = self.criterion(outputs, batch.targets, box_count)
         return losses["total"], {name: value.detach() for name, value in losses.items()}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from dino_scale.checkpoint.manifest import Best
 from dino_scale.config.schema import StageConfig
 from dino_scale.errors import DataError, NonFiniteError
 from dino_scale.structures import Batch
@@ -18,6 +19,7 @@ from dino_scale.training.control import Control, MessageEvent, StepEvent
 from dino_scale.training.determinism import seed_microbatch
 from dino_scale.training.ema import WeightAverage
 from dino_scale.training.metrics import MetricsLog, Stopwatch, memory_megabytes
+from dino_scale.training.own_time import OwnTime
 from dino_scale.training.sample_log import SampleLog
 from dino_scale.training.schedule import rate_factor
 from dino_scale.training.zero import StepOutcome, ZeroEngine
@@ -41,6 +43,30 @@ class Progress:
 
     step: int = 0
     skipped: int = 0
+    best: Best | None = None  # of the evaluations so far
+
+
+class Checkpoints(Protocol):
+    """Where the trainer puts checkpoints; as `checkpoint.saver.Saver`, in terms of a stage's progress."""
+
+    def save(self, progress: Progress, required: bool = False) -> None:
+        """Copy the state and write it while training goes on; `required`: if that fails the run cannot go on."""
+
+    def failed(self) -> bool:
+        """Whether this rank has failed to write; the others need not know yet."""
+
+    def settle(self) -> None:
+        """Wait for what is being written, and say or raise what went wrong."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know before a step. boxes: of the global batch, at least 1. The rest: any rank wants it."""
+
+    boxes: float
+    stop: bool
+    save: bool
+    settle: bool
 
 
 class Trainer:
@@ -56,35 +82,43 @@ class Trainer:
         average: WeightAverage | None,
         log: MetricsLog,
         control: Control,
-        save: Callable[[Progress], None],
+        checkpoints: Checkpoints,
         evaluate: Callable[[Progress], None],
         samples: SampleLog | None = None,
     ) -> None:
-        """`save` and `evaluate` are called on every rank at the steps that the configuration names."""
+        """`checkpoints` and `evaluate` are called on every rank, at the steps that the configuration names."""
         self.name, self.config, self.seed, self.length = name, config, seed, length
         self.engine, self.average, self.log, self.control = engine, average, log, control
-        self.save, self.evaluate, self.samples = save, evaluate, samples
+        self.checkpoints, self.evaluate, self.samples = checkpoints, evaluate, samples
         self.device = distributed.device()
         self.watch = Stopwatch()
+        self.last_save = time.monotonic()
+        self.own_time = OwnTime(self.device)
         self.timed_steps = 0
         self.agreed_steps = 0  # since this process began, like `replaced`
         self.replaced = 0  # images that stood in for unreadable ones, on all ranks
         self.window: list[dict[str, Tensor]] = []
 
     def run(self, steps: Iterable[list[Batch]], progress: Progress) -> bool:
-        """Train until `steps` ends; True when stopped early on request (a checkpoint is then written)."""
+        """Train until `steps` ends; True when stopped early on request (a checkpoint has then been written)."""
         source = iter(steps)
         self._restart_watch()
         for microbatches in self._timed(source):
-            box_count, stop = self._agree(microbatches)
+            agreed = self._agree(microbatches)
             self._require_few_replaced(progress.step)
-            if stop:
-                self.save(progress)
+            if agreed.settle:
+                self.checkpoints.settle()
+            if agreed.stop:
+                self.checkpoints.save(progress, required=True)
+                self.checkpoints.settle()
                 return True
-            outcome = self._step(microbatches, box_count, progress.step)
+            if agreed.save:
+                self._save(progress)
+            outcome = self._step(microbatches, agreed.boxes, progress.step)
             progress.step += 1
             self.timed_steps += 1
             self._account(outcome, progress)
+            self.control.beat(progress.step, self.own_time.take())
             self._log_when_due(outcome, progress)
             self._pause_when_due(progress)
         return False
@@ -94,20 +128,31 @@ class Trainer:
         while True:
             begin = time.perf_counter()
             item = next(source, None)
-            self.watch.add_wait(time.perf_counter() - begin)
+            waited = time.perf_counter() - begin
+            self.watch.add_wait(waited)
+            self.own_time.add(waited)
             if item is None:
                 return
             yield item
 
-    def _agree(self, microbatches: list[Batch]) -> tuple[float, bool]:
-        """Boxes of the whole global batch (at least 1), and whether any rank was asked to stop: one collective."""
+    def _agree(self, microbatches: list[Batch]) -> Agreement:
+        """What must be the same on all ranks, in one collective. Of the clocks, that of rank 0 counts."""
         boxes = sum(sum(batch.targets.counts) for batch in microbatches)
         replaced = sum(batch.replaced for batch in microbatches)
-        own = [float(boxes), float(self.control.stop_requested()), float(replaced)]
-        shared = distributed.sum_over_ranks(torch.tensor(own))
-        self.replaced += int(shared[2])
+        save = self.control.save_requested() or (distributed.rank() == 0 and self._minutes_are_over())
+        own = [boxes, replaced, self.control.stop_requested(), save, self.checkpoints.failed()]
+        shared = distributed.sum_over_ranks(torch.tensor([float(value) for value in own])).tolist()
+        self.replaced += int(shared[1])
         self.agreed_steps += 1
-        return max(1.0, float(shared[0])), bool(shared[1] > 0)
+        return Agreement(max(1.0, shared[0]), *(value > 0 for value in shared[2:]))
+
+    def _minutes_are_over(self) -> bool:
+        minutes = self.config.checkpoint.every_minutes
+        return minutes > 0 and time.monotonic() - self.last_save >= 60 * minutes
+
+    def _save(self, progress: Progress) -> None:
+        self.last_save = time.monotonic()
+        self.checkpoints.save(progress)
 
     def _require_few_replaced(self, step: int) -> None:
         """The same on every rank, whatever their number: all count the replacements of all."""
@@ -129,7 +174,8 @@ class Trainer:
             self.samples.write(step + 1, first, microbatches)
         for number, batch in enumerate(microbatches, start=first):
             generator = seed_microbatch(self.seed, step, number)
-            loss, parts = self.engine(batch.to(self.device), box_count, generator)
+            with self.own_time.measured():
+                loss, parts = self.engine(batch.to(self.device), box_count, generator)
             self.engine.backward(loss * scale)
             outcome = self.engine.step()
             self.window.append(parts)
@@ -199,7 +245,7 @@ class Trainer:
         if progress.step >= self.length.steps:
             return
         if _due(progress.step, self.config.checkpoint.every_steps):
-            self.save(progress)
+            self._save(progress)
         if _due(progress.step, self.config.evaluation.every_steps):
             self.evaluate(progress)
             self._restart_watch()

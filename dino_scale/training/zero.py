@@ -1,22 +1,23 @@
-"""The only place that knows DeepSpeed: building the engine, and reading and writing its partitions by parameter name.
+"""The only place that imports DeepSpeed: building the engine, driving it, and its state by parameter name.
 
-A `Fragment` is a 1-D piece of one parameter together with its optimizer state. Under ZeRO 1 to 3 a rank holds the
-pieces that DeepSpeed gave it; under stage 0 it holds everything and owns (writes) an even share. Checkpoints and the
-weight average are built on fragments alone, so neither knows the stage nor the number of workers.
+Under ZeRO 1 to 3 a rank holds the fragments that DeepSpeed gave it; under stage 0 it holds everything and owns (writes)
+an even share. Checkpoints and the weight average are built on fragments alone, so neither knows the stage, the number
+of workers or the precision. How DeepSpeed lays fragments out is known to partitions.py.
 
-The partition layout below is that of DeepSpeed 0.19.8; tests/training/test_zero.py fails loudly if another version
-moves it. Calls that lose or refuse state in that version (universal checkpoint, safe_get/set_full_*) are not used.
+Precision: parameters are float32 (bf16 is then autocast inside the module), or with `bf16_parameters` they are bfloat16
+beside float32 masters; gradients are accumulated and exchanged in float32 either way.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,26 +26,12 @@ from torch import Tensor, nn
 from dino_scale.errors import ConfigError
 from dino_scale.training import distributed
 from dino_scale.training.optimizer import ParameterGroup
+from dino_scale.training.participation import Participation
+from dino_scale.training.partitions import MOMENTS, VERSION, Fragment, Partitions
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass
-class Fragment:
-    """Elements [start, start + numel) of the flattened parameter `name`, as held by this rank.
-
-    tensors: kind ("fp32", "exp_avg", "exp_avg_sq", "ema") to a float32 vector of `numel` elements. They are views of
-    the engine's state: writing to them changes it (call `ZeroEngine.publish` afterwards).
-    owned: (offset, numel) within the fragment of the part that this rank writes to a checkpoint; over all ranks the
-    owned parts cover every parameter exactly once.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    numel: int
-    owned: tuple[int, int]
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+# elements of gradients that travel at once; DeepSpeed's 500 million would hold 2 GB of a GPU
+REDUCE_BUCKET = 50_000_000
+PERSISTENT_PARAMETER = 100_000  # elements up to which stage 3 keeps a parameter whole (DeepSpeed's default)
 
 
 @dataclass(frozen=True)
@@ -70,12 +57,18 @@ class ZeroEngine:
         clip_norm: float,
         betas: tuple[float, float],
         epsilon: float,
+        bf16_parameters: bool = False,
     ) -> None:
         """`module` is what is called; it contains `model`, whose parameter names are those of checkpoints.
 
         Both must be equal on all ranks. `accumulation` microbatches make one optimizer step of this rank.
+        bf16_parameters: trained and frozen parameters become bfloat16; the masters keep the values that `model` has
+        now, in float32. Not under stage 0, where DeepSpeed's optimizer differs from that of the other stages.
         """
+        if bf16_parameters and stage == 0:
+            raise ConfigError("bf16 parameters under ZeRO stage 0: expected stage 1, 2 or 3, or autocast (bf16)")
         self.stage = stage
+        self.bf16_parameters = bf16_parameters
         self.model = model
         self.kinds: tuple[str, ...] = ("fp32", *MOMENTS)
         self.groups = tuple(groups)
@@ -93,16 +86,27 @@ class ZeroEngine:
             eps=epsilon,
         )
         self._clip_norm = clip_norm
-        config = _deepspeed_config(stage, microbatch, accumulation, clip_norm if stage > 0 else 0.0)
-        self._engine = _initialise(module, self._optimizer, config)
-        self._create_moments()
-        self.fragments: tuple[Fragment, ...] = tuple(self._collect_fragments())
+        exact = _copies(model) if bf16_parameters else {}
+        clip = clip_norm if stage > 0 else 0.0
+        self._engine = _initialise(
+            module, self._optimizer, _deepspeed_config(stage, microbatch, accumulation, clip, bf16_parameters)
+        )
+        self._partitions = Partitions(stage, self._engine.optimizer, self._optimizer, self._names)
+        self._partitions.create_moments()
+        self.fragments: tuple[Fragment, ...] = self._partitions.fragments()
+        self._participation = Participation(self._names)
+        self._exact_frozen = {name: exact[name] for name in self._frozen() if name in exact}
+        self._set_masters(exact)
 
     def __call__(self, *args: Any) -> Any:
         return self._engine(*args)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of one microbatch; DeepSpeed divides by accumulation and averages over ranks."""
+        """Accumulate the gradient of one microbatch; DeepSpeed divides by accumulation and averages over ranks.
+
+        ConfigError when a trained parameter takes no part in it.
+        """
+        self._participation.watch(loss)
         self._engine.backward(loss)
 
     def set_rate_factor(self, factor: float) -> None:
@@ -118,7 +122,7 @@ class ZeroEngine:
         """End a microbatch: after the last of a step, clip and update and return the outcome, else None.
 
         A step whose gradient is not finite changes nothing on any rank. DeepSpeed 0.19.8 sees to that under stages 1
-        to 3 (parameters being float32); stage 0 has no such guard, so clipping is done here.
+        to 3; stage 0 has no such guard, so clipping is done here.
         """
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
@@ -126,7 +130,8 @@ class ZeroEngine:
         own_norm = self._clip() if self.stage == 0 else None
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm() if own_norm is None else own_norm)
-        applied = math.isfinite(norm) and norm >= 0
+        overflow = bool(getattr(self._engine.optimizer, "overflow", False))
+        applied = math.isfinite(norm) and norm >= 0 and not overflow
         return StepOutcome(norm if applied else math.nan, applied)
 
     def _clip(self) -> float:
@@ -147,14 +152,14 @@ class ZeroEngine:
 
     def publish(self) -> None:
         """Make the module's weights equal the float32 masters after fragments were written to."""
-        optimizer = self._engine.optimizer
-        if self.stage in (1, 2):
-            optimizer.update_lp_params()
-        elif self.stage == 3:
-            optimizer.checkpoint_event_prologue()
-            for index in range(len(optimizer.fp32_partitioned_groups_flat)):
-                optimizer._reassign_or_swap_out_partitioned_parameters(index)
-            optimizer.checkpoint_event_epilogue()
+        self._partitions.publish()
+
+    @torch.no_grad()
+    def _set_masters(self, values: Mapping[str, Tensor]) -> None:
+        """Float32 masters as they were before DeepSpeed rounded the parameters they are made from."""
+        for fragment in self.fragments if values else ():
+            whole = values[fragment.name].view(-1)
+            fragment.tensors["fp32"].copy_(whole.narrow(0, fragment.start, fragment.numel))
 
     @torch.no_grad()
     def gather(self, kind: str) -> dict[str, Tensor]:
@@ -172,10 +177,14 @@ class ZeroEngine:
         return {name: values.view(self.shapes()[name]) for name, values in full.items()}
 
     def untrained(self) -> dict[str, Tensor]:
-        """Copies, on the CPU, of frozen parameters and buffers by name; equal on all ranks. Call on every rank."""
-        frozen = self._frozen()
+        """Copies, on the CPU, of frozen parameters and buffers by name; equal on all ranks. Call on every rank.
+
+        Frozen parameters are given in the precision they came in, also where the module computes with bfloat16.
+        """
+        frozen = {name: parameter for name, parameter in self._frozen().items() if name not in self._exact_frozen}
         with self._whole(frozen.values()):
             state = {name: parameter.detach().cpu().clone() for name, parameter in frozen.items()}
+        state |= {name: values.clone() for name, values in self._exact_frozen.items()}
         return state | {name: buffer.cpu().clone() for name, buffer in self._buffers().items()}
 
     @torch.no_grad()
@@ -185,6 +194,8 @@ class ZeroEngine:
         with self._whole(frozen.values(), write=True):
             for name, parameter in frozen.items():
                 parameter.copy_(state[name])
+        for name, values in self._exact_frozen.items():
+            values.copy_(state[name])
         for name, buffer in self._buffers().items():
             buffer.copy_(state[name])
 
@@ -195,10 +206,12 @@ class ZeroEngine:
         persistent = self.model.state_dict().keys()
         return {name: buffer for name, buffer in self.model.named_buffers() if name in persistent}
 
-    def _whole(self, parameters: Iterable[nn.Parameter], write: bool = False) -> AbstractContextManager[None]:
+    def _whole(
+        self, parameters: Iterable[nn.Parameter], write: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
         """Stage 3 splits frozen parameters too; inside this context they are whole."""
         if self.stage < 3:
-            return nullcontext()
+            return contextlib.nullcontext()
         from deepspeed.runtime.zero import GatheredParameters
 
         return GatheredParameters(list(parameters), modifier_rank=0 if write else None)
@@ -217,96 +230,61 @@ class ZeroEngine:
         """Global shape of every trained parameter."""
         return {name: tuple(getattr(p, "ds_shape", p.shape)) for p, name in self._names.items()}
 
-    def _create_moments(self) -> None:
-        """AdamW makes its moments at the first step; make them now, so that a checkpoint can be loaded before it."""
-        if self.stage in (1, 2):
-            vectors = list(self._engine.optimizer.single_partition_of_fp32_groups)
-        elif self.stage == 3:
-            vectors = list(self._engine.optimizer.fp32_partitioned_groups_flat)
-        else:
-            vectors = list(self._names)
-        for vector in vectors:
-            state = self._optimizer.state[vector]
-            for kind in MOMENTS:
-                state.setdefault(kind, torch.zeros_like(vector, memory_format=torch.preserve_format))
-            state.setdefault("step", torch.tensor(0.0))
 
-    def _collect_fragments(self) -> list[Fragment]:
-        if self.stage in (1, 2):
-            return self._fragments_of_stages_1_and_2()
-        if self.stage == 3:
-            return self._fragments_of_stage_3()
-        return self._fragments_of_stage_0()
-
-    def _fragments_of_stage_0(self) -> list[Fragment]:
-        rank, world = distributed.rank(), distributed.world_size()
-        fragments = []
-        for parameter, name in self._names.items():
-            share = math.ceil(parameter.numel() / world)
-            begin = min(share * rank, parameter.numel())
-            owned = (begin, min(share, parameter.numel() - begin))
-            state = self._optimizer.state[parameter]
-            tensors = {"fp32": parameter.data.view(-1)} | {kind: state[kind].view(-1) for kind in MOMENTS}
-            fragments.append(Fragment(name, tuple(parameter.shape), 0, parameter.numel(), owned, tensors))
-        return fragments
-
-    def _fragments_of_stages_1_and_2(self) -> list[Fragment]:
-        optimizer = self._engine.optimizer
-        fragments = []
-        for index, vector in enumerate(optimizer.single_partition_of_fp32_groups):
-            for parameter in optimizer.bit16_groups[index]:
-                mapping = parameter._hp_mapping
-                if mapping is None:  # no element of this parameter lies on this rank
-                    continue
-                in_parameter, in_vector = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
-                tensors = self._views(vector, in_vector.start, in_vector.numel)
-                name = self._names[parameter]
-                whole = (0, in_vector.numel)
-                fragments.append(
-                    Fragment(name, tuple(parameter.shape), in_parameter.start, in_parameter.numel, whole, tensors)
-                )
-        return fragments
-
-    def _fragments_of_stage_3(self) -> list[Fragment]:
-        optimizer = self._engine.optimizer
-        fragments = []
-        parameter: Any  # DeepSpeed adds ds_numel and ds_shape to parameters
-        for parameter, name in self._names.items():
-            index, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start = length * distributed.rank()
-            numel = max(0, min(length, parameter.ds_numel - start))
-            if numel == 0:  # only padding of this parameter lies on this rank
-                continue
-            tensors = self._views(optimizer.fp32_partitioned_groups_flat[index], offset, numel)
-            fragments.append(Fragment(name, tuple(parameter.ds_shape), start, numel, (0, numel), tensors))
-        return fragments
-
-    def _views(self, vector: Tensor, offset: int, numel: int) -> dict[str, Tensor]:
-        state = self._optimizer.state[vector]
-        views = {"fp32": vector.data.narrow(0, offset, numel)}
-        return views | {kind: state[kind].narrow(0, offset, numel) for kind in MOMENTS}
+def _copies(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters, on the CPU."""
+    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
 
 
-def _deepspeed_config(stage: int, microbatch: int, accumulation: int, clip_norm: float) -> dict[str, Any]:
-    """DeepSpeed's JSON; parameters stay float32 (bf16 is autocast inside the module)."""
-    return {
+def _deepspeed_config(
+    stage: int, microbatch: int, accumulation: int, clip_norm: float, bf16_parameters: bool
+) -> dict[str, Any]:
+    """DeepSpeed's JSON. Gradients of bfloat16 parameters are summed in float32, over microbatches and over workers:
+    in bfloat16 the sum would depend on the number of workers."""
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": False,
+        "contiguous_gradients": stage > 0,
+        "reduce_bucket_size": REDUCE_BUCKET,
+        "stage3_param_persistence_threshold": PERSISTENT_PARAMETER,
+    }
+    config = {
         "train_micro_batch_size_per_gpu": microbatch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": clip_norm,
         "zero_allow_untested_optimizer": True,  # torch's AdamW: exact and present on every device
-        "zero_optimization": {"stage": stage, "overlap_comm": False, "contiguous_gradients": stage > 0},
+        "zero_optimization": zero,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+    if bf16_parameters:
+        zero["reduce_scatter"] = stage != 2  # with it stage 2 divides by the number of workers before it widens
+        config |= {
+            "bf16": {"enabled": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+        }
+    return config
 
 
-def _initialise(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+def require_version(found: str) -> None:
+    """ConfigError unless it is the version whose partitions this program reads ("+..." for a local build is fine)."""
+    if found.split("+")[0] != VERSION:
+        raise ConfigError(
+            f"DeepSpeed {found} is installed, expected {VERSION}, whose partitions this program reads: "
+            f"pip install deepspeed=={VERSION}"
+        )
+
+
+def load_deepspeed() -> Any:
+    """The library, set up for training. The first call takes seconds, which a process may spend before it is needed."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         import deepspeed
     except ImportError as error:
-        raise ConfigError(f"DeepSpeed cannot be imported ({error}): install deepspeed==0.19.8") from error
+        raise ConfigError(f"DeepSpeed cannot be imported ({error}): install deepspeed=={VERSION}") from error
+    require_version(deepspeed.__version__)
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
@@ -314,6 +292,12 @@ def _initialise(module: nn.Module, optimizer: torch.optim.Optimizer, config: dic
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Its shared-memory collectives serve inference only, and building them costs a C++ compile of 45 s at first use.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _initialise(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+    deepspeed = load_deepspeed()
     deepspeed.init_distributed(verbose=False)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints the memory in use, at every group
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     return engine

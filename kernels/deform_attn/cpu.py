@@ -27,6 +27,9 @@ except RuntimeError as error:  # numba found no folder it may write
     ) from error
 
 
+READS_WORTH_SORTING = 4  # samples per cell and head
+
+
 def forward(value: Tensor, offsets: Tensor, logits: Tensor, reference_points: Tensor, sizes: list[int]) -> Tensor:
     """(B, Q, M * D) in the dtype of `value`; arguments as checked by the operator."""
     batch, _, heads, channels = value.shape
@@ -43,21 +46,29 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of value, offsets and logits, each in the dtype of its tensor."""
     batch, tokens, heads, channels = value.shape
+    queries, samples = offsets.shape[1], logits.shape[3]
     compute = _compute_dtype(value)
-    inputs = _arrays(value.transpose(1, 2), offsets, logits, reference_points)
-    output_gradient = _array(grad, compute).reshape(batch, -1, heads, channels)
+    # Rows of one head side by side stay in the cache; bringing them there and back pays where cells are read often.
+    by_head = queries * samples > READS_WORTH_SORTING * tokens
+    layout = (batch, heads, tokens, channels) if by_head else (batch, tokens, heads, channels)
+    head_step, cell_step = (tokens * channels, channels) if by_head else (channels, heads * channels)
+    inputs = (*_arrays(value.transpose(1, 2) if by_head else value, offsets, logits, reference_points), _levels(sizes))
     # A head owns its part of the value gradient, so ranges of (image, head) never write the same cell.
     gradients = (
-        torch.zeros((batch, heads, tokens, channels), dtype=compute),
+        torch.zeros(layout, dtype=compute),
         torch.empty(offsets.shape, dtype=compute),
         torch.empty(logits.shape, dtype=compute),
     )
     run = functools.partial(
-        cpu_loops.backward, output_gradient, *inputs, _levels(sizes), *(tensor.numpy() for tensor in gradients)
+        cpu_loops.backward,
+        _array(grad, compute).reshape(batch, -1, heads, channels),
+        inputs,
+        (tokens * heads * channels, head_step, cell_step),
+        tuple(tensor.numpy() for tensor in gradients),
     )
     in_threads(run, batch * heads)
     grad_value, grad_offsets, grad_logits = gradients
-    grad_value = grad_value.transpose(1, 2).to(value.dtype).contiguous()
+    grad_value = (grad_value.transpose(1, 2) if by_head else grad_value).to(value.dtype).contiguous()
     return grad_value, grad_offsets.to(offsets.dtype), grad_logits.to(logits.dtype)
 
 
@@ -70,7 +81,10 @@ def _array(tensor: Tensor, dtype: torch.dtype) -> Any:
 
 
 def _arrays(value: Tensor, offsets: Tensor, logits: Tensor, reference_points: Tensor) -> list[Any]:
-    return [_array(tensor, _compute_dtype(value)) for tensor in (value, offsets, logits, reference_points)]
+    """As the loops take them. The weights are computed here: torch has vectors of exponentials, numba has not."""
+    compute = _compute_dtype(value)
+    weights = logits.detach().to(compute).softmax(-1)
+    return [_array(tensor, compute) for tensor in (value, offsets, weights, reference_points)]
 
 
 def _levels(sizes: list[int]) -> Any:

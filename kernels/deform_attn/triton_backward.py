@@ -74,6 +74,7 @@ def backward(
         BLOCK_CHANNELS=triton.next_power_of_2(padded),
         BLOCK_SAMPLES=triton.next_power_of_2(levels * points),
         num_warps=shape.warps,
+        maxnreg=shape.registers,
     )
     grad_value = sums[..., :channels]
     if fixed:

@@ -48,6 +48,7 @@ def forward(value: Tensor, offsets: Tensor, logits: Tensor, reference_points: Te
         BLOCK_QUERIES=shape.queries,
         BLOCK_CHANNELS=triton.next_power_of_2(channels),
         num_warps=shape.warps,
+        maxnreg=shape.registers,
     )
     return output
 

@@ -4,8 +4,9 @@ What decides is head size, levels, points, dtype and kind of reference. The numb
 because it changes with every batch of images.
 
 The rule gives every thread one part of one row, as wide as one memory instruction, and every program one warp. It comes
-from reading compiled code: then nothing is spilled, and the arithmetic of a row stays in the threads that sample it;
-with more rows per thread or warp the compiler passes it through shared memory, two barriers for every sample.
+from reading compiled code, not from timing: then nothing is spilled, and the arithmetic of a row stays in the threads
+that sample it; with more rows per thread or warp the compiler passes it through shared memory, two barriers for every
+sample. docs/kernels.md has the registers that were found.
 """
 
 from __future__ import annotations
@@ -17,14 +18,21 @@ import torch
 
 Direction = Literal["forward", "backward"]
 WARP, WIDEST_ACCESS, WIDEST_ATOMIC = 32, 16, 4
+# The backward kernel keeps four numbers per query and sample until its end. Above so many samples the compiler, left
+# alone, spills a few of them for the sake of more programs at once; told the real limit of the hardware, it does not.
+SAMPLES_OF_ITS_OWN_ACCORD, REGISTERS_OF_A_THREAD = 16, 255
+# Queries times samples (to the next power of two) of a backward program, above which even all registers do not do.
+MOST_SLOPES = 512
 
 
 @dataclass(frozen=True)
 class LaunchShape:
-    """queries: of one program, a power of two. warps: of 32 threads each."""
+    """queries: of one program, a power of two. warps: of 32 threads each. registers: limit per thread, None: the
+    compiler's choice."""
 
     queries: int
     warps: int
+    registers: int | None = None
 
 
 # (direction, channels, levels, points, dtype, box) -> a shape that was faster than the rule's when timed on a card.
@@ -36,10 +44,21 @@ def launch_shape(
     direction: Direction, channels: int, levels: int, points: int, dtype: torch.dtype, box: bool
 ) -> LaunchShape:
     timed = TIMED.get((direction, channels, levels, points, dtype, box))
-    return timed or rule(direction, channels, dtype)
+    return timed or rule(direction, channels, levels * points, dtype)
 
 
-def rule(direction: Direction, channels: int, dtype: torch.dtype) -> LaunchShape:
-    width = WIDEST_ATOMIC if direction == "backward" else WIDEST_ACCESS // dtype.itemsize
-    block = 1 << (max(channels, width) - 1).bit_length()
-    return LaunchShape(max(1, WARP * width // block), 1)
+def rule(direction: Direction, channels: int, samples: int, dtype: torch.dtype) -> LaunchShape:
+    """samples: of one query and head."""
+    # Rows of an odd head size begin anywhere; one instruction loads as much of them as is always aligned. The rows that
+    # the backward kernel adds to are padded.
+    loaded = min(WIDEST_ACCESS // dtype.itemsize, channels & -channels)
+    width = WIDEST_ATOMIC if direction == "backward" else loaded
+    queries = max(1, WARP * width // _power_of_two(max(channels, width)))
+    if direction == "forward" or samples <= SAMPLES_OF_ITS_OWN_ACCORD:
+        return LaunchShape(queries, 1)
+    return LaunchShape(min(queries, MOST_SLOPES // _power_of_two(samples)), 1, REGISTERS_OF_A_THREAD)
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest that is not smaller."""
+    return 1 << (number - 1).bit_length()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.matching.reference import AREA_EPSILON, GAMMA, LOG_EPSILON
 from kernels.threads import in_threads
+from kernels.transfer import to_device
 
 # What a pair with a NaN or infinite cost is taken to cost: worse than any real pair, and small enough that adding a
 # few hundred of them in float64 still tells two real costs apart.
@@ -51,6 +52,22 @@ def match(
     has more targets than queries, scipy assigns on the host, in threads.
     Raises ValueError where counts do not fit the other arguments.
     """
+    return _match(logits, boxes, labels, target_boxes, list(counts), class_cost, box_cost, giou_cost, alpha)
+
+
+@torch.library.custom_op("dino_scale::match", mutates_args=())
+def _match(
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    target_boxes: Tensor,
+    counts: list[int],
+    class_cost: float,
+    box_cost: float,
+    giou_cost: float,
+    alpha: float,
+) -> Tensor:
+    """One node for torch.compile, which could not look into scipy."""
     _check(logits, boxes, labels, target_boxes, counts)
     layers, targets = logits.shape[0], labels.shape[0]
     if layers == 0 or targets == 0:
@@ -61,7 +78,7 @@ def match(
         weights = {"class_cost": class_cost, "box_cost": box_cost, "giou_cost": giou_cost, "alpha": alpha}
         return match_on_device(logits, boxes, labels, target_boxes, counts, **weights, broken_cost=BROKEN_COST)
     image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(list(counts)))
-    image = image.to(logits.device, non_blocking=True)
+    image = to_device(image, logits.device)
     # On a CPU a few targets at a time, so that the twenty-odd intermediate results stay in the cache.
     cells = layers * logits.shape[2]
     step = max(1, CELLS_IN_CACHE // cells)
@@ -73,6 +90,21 @@ def match(
         cost[part] = box_cost * distance + class_cost * focal - giou_cost * overlap
     cost.nan_to_num_(nan=BROKEN_COST, posinf=BROKEN_COST, neginf=BROKEN_COST)
     return torch.from_numpy(_assign(cost.cpu().numpy(), counts)).to(logits.device)
+
+
+@_match.register_fake
+def _(
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    target_boxes: Tensor,
+    counts: list[int],
+    class_cost: float,
+    box_cost: float,
+    giou_cost: float,
+    alpha: float,
+) -> Tensor:
+    return labels.new_empty((logits.shape[0], labels.shape[0]), dtype=torch.int64)
 
 
 def _check(logits: Tensor, boxes: Tensor, labels: Tensor, target_boxes: Tensor, counts: Sequence[int]) -> None:

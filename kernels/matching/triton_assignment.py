@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.matching.triton_cost import Costs, matching_costs
+from kernels.transfer import to_device
 
 ROWS_AT_ONCE = 64
 COLUMNS_PER_WARP = 128
@@ -85,9 +86,7 @@ def _layout(counts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor
     image = torch.repeat_interleave(torch.arange(len(counts)), per_image)
     starts = torch.cat([per_image.new_zeros(1), per_image.cumsum(0)])
     both = torch.cat([image, starts]).int()
-    if device.type == "cuda":
-        both = both.pin_memory().to(device, non_blocking=True)
-    on_device = both.split([image.shape[0], starts.shape[0]])
+    on_device = to_device(both, device).split([image.shape[0], starts.shape[0]])
     # A copy, so that the second part is aligned like every other argument and no kernel is compiled for it alone.
     return on_device[0], on_device[1].clone()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import math
 import os
 import platform
 
@@ -12,7 +13,7 @@ import torch
 from rich.console import Console
 
 from dino_scale.errors import UserError
-from kernels.bench import Row, measure, missing_peers
+from kernels.bench import Row, measure
 
 _COLUMNS = ("date", "machine", "threads", "what", "dtype", "passes", "implementation", "milliseconds", "ratio")
 
@@ -21,9 +22,6 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.out.exists():
         raise UserError(f"'{arguments.out}' exists: give a new file with --out")
     console = Console(highlight=False, soft_wrap=True)
-    if arguments.device == "cuda":
-        for line in missing_peers():
-            console.print(line)
     try:
         rows = measure(arguments.device, arguments.turns)
     except ValueError as error:
@@ -39,11 +37,20 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _figures(row: Row) -> str:
+    if math.isnan(row.milliseconds):
+        return row.implementation
     return f"{row.implementation} {row.milliseconds:.2f} ms, {row.ratio:.2f} times as fast as the usual way"
 
 
 def _fields(row: Row, device: str) -> tuple[object, ...]:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {os.cpu_count()} CPUs"
-    threads, figures = torch.get_num_threads(), (f"{row.milliseconds:.4f}", f"{row.ratio:.3f}")
+    threads, figures = torch.get_num_threads(), _numbers(row)
     return today, machine, threads, row.what, row.dtype, row.passes, row.implementation, *figures
+
+
+def _numbers(row: Row) -> tuple[str, str]:
+    """Empty fields for what was not measured."""
+    if math.isnan(row.milliseconds):
+        return "", ""
+    return f"{row.milliseconds:.4f}", f"{row.ratio:.3f}"

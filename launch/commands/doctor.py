@@ -8,7 +8,7 @@ from rich.console import Console
 
 from data_pipeline.doctor import check_shards, examine
 from dino_scale.errors import UserError
-from launch.commands.pack import phases, selection_of
+from launch.commands.pack import phases, runner_of, selection_of
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -22,14 +22,14 @@ def run(arguments: argparse.Namespace) -> None:
         boxes, shards = index.manifest.boxes, len(index.shard_names)
         console.print(f"{index.folder}: {len(index)} images, {boxes} boxes, {shards} shard(s): all as packed")
         return
-    with phases(console) as tell:
+    with runner_of(arguments, console) as runner, phases(console) as tell:
         found = examine(
             arguments.annotations,
             arguments.images,
             arguments.format,
             progress=tell,
             selection=selection_of(arguments),
-            workers=arguments.workers,
+            runner=runner,
         )
     console.print(
         f"{arguments.annotations}: pack would write {found.samples} images, {found.boxes} boxes of "

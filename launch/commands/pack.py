@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,11 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data_pipeline.pack import pack
 from data_pipeline.packing_plan import Selection
+from data_pipeline.tasks import LocalProcesses, Runner
+from dino_scale.training.control import Event, MessageEvent
 
 
 def run(arguments: argparse.Namespace) -> None:
     console = Console(highlight=False, soft_wrap=True)
-    with phases(console) as tell:
+    with runner_of(arguments, console) as runner, phases(console) as tell:
         report = pack(
             arguments.annotations,
             arguments.images,
@@ -24,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.format,
             progress=tell,
             selection=selection_of(arguments),
-            workers=arguments.workers,
+            runner=runner,
             restart=arguments.restart,
         )
     console.print(f"{report.samples} images, {report.boxes} boxes, {report.shards} shard(s) in {report.out}")
@@ -34,6 +37,23 @@ def run(arguments: argparse.Namespace) -> None:
 
 def selection_of(arguments: argparse.Namespace) -> Selection:
     return Selection(arguments.first, arguments.also, arguments.also_after, arguments.skip_unreadable)
+
+
+@contextmanager
+def runner_of(arguments: argparse.Namespace, console: Console) -> Iterator[Runner]:
+    """Who does the work: processes of this machine, or with --address tasks of Ray."""
+    if arguments.address is None:
+        yield LocalProcesses(min(8, os.cpu_count() or 1) if arguments.workers is None else arguments.workers)
+        return
+    from launch.ray_tasks import RayTasks  # late: Ray is slow to import
+
+    with RayTasks(arguments.address, arguments.workers, lambda event: _say(event, console)) as runner:
+        yield runner
+
+
+def _say(event: Event, console: Console) -> None:
+    if isinstance(event, MessageEvent):
+        console.print(event.text)
 
 
 @contextmanager

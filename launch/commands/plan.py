@@ -9,24 +9,59 @@ from rich.table import Table
 
 from dino_scale.config.decode import load_chain
 from dino_scale.config.schema import ChainConfig
-from launch.plan import ASSUMED_CLASSES, DataPlan, ModelSize, StagePlan, group_tables, memory, model_size, plan_stages
+from dino_scale.errors import UserError
+from launch.plan import ASSUMED_CLASSES, DataPlan, StagePlan, group_tables, plan_stages
+from launch.plan_memory import ModelSize
+from launch.plan_needs import Measured, StageNeeds
+from launch.plan_tables import costs, demands
 
-_MEGABYTE = 1e6
+_FILE_WIDTH = 120  # of tables that do not go to a terminal
 
 
 def run(arguments: argparse.Namespace) -> None:
     config = load_chain(arguments.chain, arguments.overrides)
-    stages = plan_stages(config)
+    stages = plan_stages(config, _images(arguments.images, config))
     classes = max((stage.train.classes or 0 for stage in stages), default=0)
-    size = model_size(config.model, classes or ASSUMED_CLASSES)
+    known = classes or ASSUMED_CLASSES
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
     console.print(_stage_table(config, stages))
     for line in _missing(stages):
         console.print(line, soft_wrap=True)
-    console.print(_model_line(size, classes), soft_wrap=True)
-    for rows, names in group_tables(config, classes or ASSUMED_CLASSES).items():
+    measured: Measured = {}
+    needs = {
+        stage.name: StageNeeds(
+            config, stage.name, known, stage.workers, arguments.device, measured, arguments.image_size
+        )
+        for stage in stages
+    }
+    console.print(_model_line(needs[stages[0].name].size, classes), soft_wrap=True)
+    for rows, names in group_tables(config, known).items():
         console.print(_group_table(rows, names))
-    console.print(_memory_table(config, size, stages[0].workers))
+    for stages_alike in _alike(stages, config):
+        for part in demands(stages_alike, needs[stages_alike[0].name], arguments.gpu_memory):
+            console.print(part, soft_wrap=isinstance(part, str))
+    for part in costs(stages, arguments):
+        console.print(part, soft_wrap=isinstance(part, str))
+
+
+def _images(stated: list[tuple[str, int]], config: ChainConfig) -> dict[str, int]:
+    for name, _ in stated:
+        if name not in config.stages:
+            raise UserError(f"--images {name}=N: expected one of the stages {', '.join(config.stages)}")
+    return dict(stated)
+
+
+def _alike(stages: list[StagePlan], config: ChainConfig) -> list[list[StagePlan]]:
+    """Stages whose memory and traffic are the same, together."""
+    groups: dict[str, list[StagePlan]] = {}
+    for stage in stages:
+        own = config.stages[stage.name]
+        average = own.ema_decay > 0
+        key = (own.batch, own.augmentation, own.data.pad_multiple, own.data.loader_workers, own.optimizer)
+        groups.setdefault(repr((*key, own.precision, own.zero_stage, own.loss, average)), []).append(stage)
+    return list(groups.values())
 
 
 def _stage_table(config: ChainConfig, stages: list[StagePlan]) -> Table:
@@ -58,7 +93,7 @@ def _missing(stages: list[StagePlan]) -> list[str]:
 def _model_line(size: ModelSize, classes: int) -> str:
     assumed = "" if classes else " (assumed: no data is there to count them)"
     return (
-        f"model: {size.trained + size.frozen:,} parameters, {size.frozen:,} of them frozen, "
+        f"model: {size.parameters:,} parameters, {sum(size.frozen):,} of them frozen, "
         f"with {classes or ASSUMED_CLASSES} classes{assumed}"
     )
 
@@ -69,19 +104,6 @@ def _group_table(rows: tuple[tuple[str, ...], ...], stages: list[str]) -> Table:
         table.add_column(heading, justify="right" if number else "left")
     for row in rows[1:]:
         table.add_row(*row)
-    return table
-
-
-def _memory_table(config: ChainConfig, size: ModelSize, workers: int) -> Table:
-    average = any(stage.ema_decay > 0 for stage in config.stages.values())
-    title = f"MB per worker that stay from step to step, {workers} worker(s), without activations and images"
-    table = Table(title=title, title_justify="left")
-    for heading in ("ZeRO stage", "parameters", "gradients", "optimizer", "average", "total"):
-        table.add_column(heading, justify="right")
-    for zero_stage in range(4):
-        need = memory(size, zero_stage, workers, average)
-        parts = (need.parameters, need.gradients, need.optimizer, need.average, need.total)
-        table.add_row(str(zero_stage), *(f"{part / _MEGABYTE:,.1f}" for part in parts))
     return table
 
 

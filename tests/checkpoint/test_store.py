@@ -84,7 +84,7 @@ DAMAGES = {
     "missing": lambda folder: (folder / "shard-00000.safetensors").unlink(),
     "torn": lambda folder: (folder / "manifest.json").unlink(),
     "JSON": lambda folder: (folder / "manifest.json").write_text('{"format": "dino'),
-    "version 2": lambda folder: _change_manifest(folder, version=2),
+    "version 3": lambda folder: _change_manifest(folder, version=3),
     "field": lambda folder: _change_manifest(folder, pieces=7),
     "leaves the folder": lambda folder: _change_manifest(folder, files={"../x": {"bytes": 0, "sha256": ""}}),
 }

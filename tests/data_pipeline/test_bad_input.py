@@ -53,6 +53,10 @@ DEFECTS: dict[str, tuple[Callable, list[str]]] = {
     "file name leads out": (lambda raw: set_image(raw, file_name="../b.jpg"), ["image 5", "'../b.jpg'", "no '..'"]),
     "file name is absolute": (lambda raw: set_image(raw, file_name="/etc/passwd"), ["image 5", "'/etc/passwd'"]),
     "file name has a backslash": (lambda raw: set_image(raw, file_name="a\\b.jpg"), ["image 5", "no backslash"]),
+    "file name is half a letter": (lambda raw: set_image(raw, file_name="b\ud800.jpg"), ["image 5", "'b\\ud800.jpg'"]),
+    "file name talks to the terminal": (lambda raw: set_image(raw, file_name="\x1b[2Jb.jpg"), ["image 5", "\\x1b[2Jb"]),
+    "category name in two lines": (lambda raw: raw.content["categories"].append({"id": 4, "name": "a\nb"}),
+                                   ["category 4: name is 'a\\nb'", "control characters"]),
     "file name is missing": (lambda raw: raw.content["images"][1].pop("file_name"), ["image 5", "name is missing"]),
     "category id twice": (lambda raw: raw.content["categories"].append({"id": 3, "name": "cow"}),
                           ["category id 3 occurs twice", "'dog'", "'cow'"]),
@@ -101,6 +105,27 @@ def test_annotation_file_that_is_no_json(raw) -> None:
     raw.annotations.write_text("id,box\n1,2\n")
     with pytest.raises(DataError, match="not valid JSON"):
         raw.pack()
+    assert raw.leftovers() == []
+
+
+@pytest.mark.parametrize(
+    ("once", "twice"),
+    [
+        ('"bbox": [1, 2, 5, 4]', '"bbox": [1, 2, 5, 4], "bbox": [0, 0, 9, 9]'),
+        ('"file_name": "b.jpg"', '"file_name": "b.jpg", "file_name": "../../secret"'),
+        ('"name": "cat"', '"name": "cat", "name": "cat"'),
+        ('"iscrowd": 1', '"iscrowd": 1, "segmentation": {"counts": [], "counts": []}'),
+    ],
+)
+def test_a_key_twice_in_one_object(raw, once: str, twice: str) -> None:
+    """Two readers would see two different datasets in such a file."""
+    raw.write()
+    text = raw.annotations.read_text()
+    assert once in text
+    raw.annotations.write_text(text.replace(once, twice))
+    with pytest.raises(DataError, match=r"instances\.json: .* occurs twice within the element .*keep one") as caught:
+        raw.pack()
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 3
     assert raw.leftovers() == []
 
 

@@ -60,6 +60,10 @@ def test_plain_values_pass_too(tmp_path: Path) -> None:
         ('{"a": [1 2]}', "expected ']'"),
         ('{"a": 1} x', "expected the end"),
         ('{"a": 1, "a": 2}', "key 'a' occurs twice"),
+        ('{"a": [{"b": 1}, {"b": 1, "c": 2, "b": 1}]}', "key 'b' occurs twice within the element"),
+        ('{"a": [{"b": {"c": [{"d": 1, "d": 2}]}}]}', "key 'd' occurs twice within the element"),
+        ('{"a": {"b": 1, "b": 1}}', "key 'b' occurs twice within the element"),
+        ('{"a": [{"' + "k" * 500 + '": 1, "' + "k" * 500 + '": 2}]}', "kkk...' occurs twice"),
         ('{"a": "abc', "Unterminated string"),
         ('{1: 2}', "expected a key"),
         ('{"a": ' + "[" * 100_000 + "}", "recursion"),
@@ -71,6 +75,21 @@ def test_broken_text_is_one_clear_line(tmp_path: Path, text: str, problem: str) 
     with pytest.raises(DataError, match=r"broken\.json: is not valid JSON near character \d+") as caught:
         list(stream_object(path))
     assert problem in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_equal_keys_of_different_objects_are_no_repetition(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{"a": [{"b": {"b": 1}}, {"b": 2}], "b": {"a": {"a": 1}}}')
+    assert collect(path) == {"a": [{"b": {"b": 1}}, {"b": 2}], "b": {"a": {"a": 1}}}
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 30])
+def test_a_repeated_key_is_seen_however_the_text_is_cut(tmp_path: Path, monkeypatch, chunk: int) -> None:
+    monkeypatch.setattr(json_stream, "CHUNK", chunk)
+    path = tmp_path / "x.json"
+    path.write_text('{"annotations": [{"id": 1, "bbox": [0, 0, 2, 2]}, {"id": 2, "bbox": [1], "area": 3, "bbox": []}]}')
+    with pytest.raises(DataError, match=r"near character 50 \(key 'bbox' occurs twice"):
+        list(stream_object(path))
 
 
 def test_an_endless_element_is_refused(tmp_path: Path, monkeypatch) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.collate import Sample, collate
 from data_pipeline.index import Index
-from data_pipeline.loader import deal, evaluation_batches, training_microbatches
+from data_pipeline.loader import _tells_of_a_dead_process, deal, evaluation_batches, training_microbatches
 from data_pipeline.order import SampleStream, epoch_order
 from data_pipeline.reader import read_image
 from data_pipeline.transforms import resize_for_evaluation
@@ -247,3 +247,36 @@ def test_a_killed_loader_process_is_reported(scenes: Index) -> None:
     with pytest.raises(WorkerLostError, match="a loader process died"):
         for _ in steps:
             pass
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pinned_batches_are_the_same(scenes: Index, workers: int) -> None:
+    def batches(loader_workers: int, pin: bool) -> list[Batch]:
+        steps = training_microbatches(
+            scenes, seed=1, augmentation=AUGMENTATION, batch=BatchConfig(4, 2), rank=0, world=1, first_step=0,
+            last_step=4, loader_workers=loader_workers, pin=pin,
+        )  # fmt: skip
+        return [batch for step in steps for batch in step]
+
+    for plain, pinned in zip(batches(0, False), batches(workers, True), strict=True):
+        assert pinned.images.is_pinned() and pinned.targets.boxes.is_pinned() and pinned.targets.labels.is_pinned()
+        assert plain.sample_ids == pinned.sample_ids and torch.equal(plain.images, pinned.images)
+        assert torch.equal(plain.targets.boxes, pinned.targets.boxes)
+
+
+@pytest.mark.parametrize(
+    ("error", "dead"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), True),
+        (RuntimeError("Pin memory thread exited unexpectedly"), True),
+        (ConnectionResetError(104, "Connection reset by peer"), True),
+        (FileNotFoundError("Caught FileNotFoundError in pin memory thread for device 0.\nOriginal ..."), True),
+        (FileNotFoundError("Caught FileNotFoundError in DataLoader worker process 1.\nOriginal ..."), False),
+        (RuntimeError("Caught RuntimeError in pin memory thread for device 0.\nOriginal ..."), False),
+        (RuntimeError("shape mismatch"), False),
+    ],
+)
+def test_which_errors_tell_of_a_dead_process(error: Exception, dead: bool) -> None:
+    assert _tells_of_a_dead_process(error) is dead

@@ -34,7 +34,7 @@ def all_images(index: Index) -> list[bytes]:
 
 
 def impatient(url: str, **settings: float) -> RemoteFolder:
-    return RemoteFolder(url, **{"backoff": 0.01, "timeout": 30.0, **settings})  # type: ignore[arg-type]
+    return RemoteFolder(url, **{"backoff": 0.01, "timeout": 30.0, "outage": 0.0, **settings})  # type: ignore[arg-type]
 
 
 def test_a_store_that_works(http: None, scenes: Index, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,38 @@ def test_compiles_without_a_graph_break(impl: str, dynamic: bool) -> None:
         actual = torch.autograd.grad(compiled(*arguments), arguments[:3])
         for computed, eager in zip(actual, expected, strict=True):
             assert torch.allclose(computed, eager, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_inductor_fuses_around_it() -> None:
+    def loss(value: Tensor, offsets: Tensor, logits: Tensor, reference_points: Tensor) -> Tensor:
+        output = deform_attn(value.relu() + 1, offsets.tanh() * 2, logits, reference_points, SHAPES)
+        return (output.sigmoid() * 3).square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True)
+    arguments = inputs()
+    expected = torch.autograd.grad(loss(*arguments), arguments[:3])
+    for computed, eager in zip(torch.autograd.grad(compiled(*arguments), arguments[:3]), expected, strict=True):
+        assert torch.allclose(computed, eager, rtol=1e-4, atol=1e-5)
+
+
+class Layer(torch.nn.Module):
+    def forward(self, value: Tensor, offsets: Tensor, logits: Tensor, reference_points: Tensor) -> Tensor:
+        return deform_attn(value * 2, offsets, logits, reference_points, SHAPES) + 1
+
+
+def test_exports_as_one_node_for_any_number_of_queries(tmp_path: Path) -> None:
+    queries = torch.export.Dim("queries", min=2, max=100)
+    arguments = tuple(tensor.detach() for tensor in inputs())
+    program = torch.export.export(Layer(), arguments, dynamic_shapes=(None, *({1: queries},) * 3))
+    nodes = [node for node in program.graph.nodes if "dino_scale.deform_attn" in str(node.target)]
+    assert len(nodes) == 1
+    torch.export.save(program, tmp_path / "layer.pt2")
+    loaded = torch.export.load(tmp_path / "layer.pt2").module()
+    for number in (7, 9):
+        arguments = tuple(tensor.detach() for tensor in inputs(number))
+        assert torch.equal(loaded(*arguments), Layer()(*arguments))
 
 
 def test_checkpointing_gives_the_same_gradients() -> None:

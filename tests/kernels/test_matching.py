@@ -183,3 +183,27 @@ def test_equals_the_official_recording() -> None:
     for part, name in zip(chosen[0].split([6, 3]), ("idx0", "idx1"), strict=True):
         queries, targets = recorded[name]
         assert torch.equal(part[targets], queries)
+
+
+def test_registration_passes_opcheck() -> None:
+    logits, boxes, labels, target_boxes, counts = draw([5, 0, 3])
+    arguments = (logits, boxes, labels, target_boxes, counts, *WEIGHTS.values())
+    torch.library.opcheck(op._match, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(dynamic: bool) -> None:
+    """As in the criterion: what is matched decides what is learnt, and gradients go around the matching."""
+
+    def loss(logits: Tensor, boxes: Tensor, labels: Tensor, target_boxes: Tensor, counts: list[int]) -> Tensor:
+        chosen = match(logits.detach(), boxes, labels, target_boxes, counts, **WEIGHTS)
+        return (logits.sigmoid().sum(-1).flatten(1).gather(1, chosen) ** 2).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for counts in ([5, 3], [4, 6]):
+        logits, boxes, labels, target_boxes, _ = draw(counts)
+        logits.requires_grad_()
+        (expected,) = torch.autograd.grad(loss(logits, boxes, labels, target_boxes, counts), logits)
+        (actual,) = torch.autograd.grad(compiled(logits, boxes, labels, target_boxes, counts), logits)
+        assert torch.allclose(actual, expected, rtol=1e-5, atol=1e-6)

@@ -87,3 +87,34 @@ def test_matching_does_not_wait_for_the_host() -> None:
         match(logits, boxes, labels, targets, [3, 4], **weights)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_training_step_does_not_wait_for_the_host() -> None:
+    """From the batch on the host to the gradients: the first step compiles and fills caches, the second is watched."""
+    pytest.importorskip("timm", reason="the detector needs timm; the kernels do not")
+    from dino_scale.config.schema import LossConfig
+    from dino_scale.loss.criterion import Criterion
+    from dino_scale.model.dino import build_model
+    from dino_scale.model.preprocess import normalise
+    from dino_scale.structures import Batch
+    from tests.support.tiny_detector import CLASSES, generator, targets, tiny
+
+    torch.manual_seed(0)
+    model, criterion = build_model(tiny(attention="auto"), CLASSES).cuda().train(), Criterion(LossConfig())
+    pixels = torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8)
+    sizes = ((64, 96), (48, 72))
+    batch = Batch(pixels, sizes, sizes, (0, 1), (0, 1), targets(3, 5))
+
+    def step() -> None:
+        images, padding = normalise(batch.to("cuda"), (0.5,) * 3, (0.2,) * 3)
+        on_device = batch.to("cuda").targets
+        with torch.autocast("cuda", torch.bfloat16):
+            outputs = model(images, padding, on_device, generator())
+        criterion(outputs, on_device, 8.0)["total"].backward()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

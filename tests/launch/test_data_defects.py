@@ -1,22 +1,16 @@
-"""From a defective raw tree to a trained detector, through a damaged shard, on the command line."""
+"""Training through a damaged shard, on the command line."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-
-import pytest
-from safetensors.torch import load_file
 
 from data_pipeline.index import Index
 from data_pipeline.pack import pack
 from data_pipeline.synthetic import write_synthetic
-from tests.support.objects365_tree import Tree
 
 CHAIN = """
 name: mini
@@ -67,32 +61,3 @@ def test_damage_stops_a_run_in_one_line_and_a_larger_share_lets_it_go_on(tmp_pat
     assert all(line["rank"] == 0 and "checksum" in line["reason"] and line["file_name"] for line in lines)
     logged = [json.loads(line) for line in (run / "only/metrics.jsonl").read_text().splitlines()]
     assert logged[-1]["replaced_samples"] == 4
-
-
-@pytest.mark.slow
-def test_a_defective_tree_packs_trains_and_resumes(tmp_path: Path) -> None:
-    """The Objects365-like tree; the run that is stopped and resumed ends with the weights of the undisturbed one."""
-    tree = Tree(tmp_path / "raw")
-    shards = tmp_path / "shards"
-    pack(out=shards, **tree.arguments())
-    configs = Path(__file__).parents[2] / "configs"
-    text = CHAIN.format(configs=configs, shards=shards).replace("steps: 6", "steps: 40")
-    (tmp_path / "chain.yaml").write_text(text)
-    one, two = tmp_path / "one", tmp_path / "two"
-    undisturbed = dino_scale("train", tmp_path / "chain.yaml", "--run-dir", one)
-    assert undisturbed.returncode == 0, undisturbed.stderr
-
-    command = [sys.executable, "-m", "launch", "train", str(tmp_path / "chain.yaml"), "--run-dir", str(two)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    log = two / "only/metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while not (log.exists() and len(log.read_text().splitlines()) >= 3):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 4, output
-    resumed = dino_scale("resume", two)
-    assert resumed.returncode == 0, resumed.stderr
-    first, second = (load_file(run / "only/weights.safetensors") for run in (one, two))
-    assert all(first[name].numpy().tobytes() == second[name].numpy().tobytes() for name in first)

@@ -9,20 +9,18 @@ import pytest
 
 from dino_scale.config.decode import load_chain
 from dino_scale.config.schema import (
-    BackboneConfig,
+    AugmentationConfig,
     BatchConfig,
     ChainConfig,
     DataConfig,
     LaunchConfig,
-    ModelConfig,
     ScheduleConfig,
     StageConfig,
 )
 from dino_scale.errors import ConfigError
-from dino_scale.model.dino import build_model
 from launch.cli import main
 from launch.commands.demo import CHAIN, with_data_in
-from launch.plan import ModelSize, memory, model_size, plan_stages
+from launch.plan import largest_image, plan_stages, possible_microbatches
 
 STAGE = StageConfig(schedule=ScheduleConfig(epochs=3), batch=BatchConfig(global_size=8, microbatch=2))
 
@@ -51,27 +49,6 @@ def test_a_batch_that_does_not_divide() -> None:
         plan_stages(chain(STAGE, workers=3))
 
 
-def test_model_size_is_that_of_the_real_model() -> None:
-    config = ModelConfig(
-        backbone=BackboneConfig("resnet18", outputs=(2, 3)), hidden=32, heads=4, levels=3, feedforward=64, queries=10
-    )
-    model = build_model(config, 5)
-    size = model_size(config, 5)
-    assert size.trained + size.frozen == sum(parameter.numel() for parameter in model.parameters())
-    assert size.frozen == sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad) > 0
-    assert size.trained + size.frozen + size.buffers == sum(tensor.numel() for tensor in model.state_dict().values())
-
-
-def test_memory_by_zero_stage() -> None:
-    size = ModelSize(trained=1000, frozen=100, buffers=10)
-    parts = [memory(size, stage, workers=4, average=True) for stage in range(4)]
-    assert [part.parameters for part in parts] == [4440, 4440, 4440, 1140]
-    assert [part.gradients for part in parts] == [4000, 4000, 1000, 1000]
-    assert [part.optimizer for part in parts] == [8000, 3000, 3000, 3000]
-    assert [part.average for part in parts] == [4000, 1000, 1000, 1000]
-    assert memory(size, 1, workers=4, average=False).average == 0
-
-
 def test_the_demo_trains_on_objects_first(tmp_path: Path) -> None:
     config = with_data_in(load_chain(CHAIN), tmp_path)
     trains = [Path(stage.data.train).relative_to(tmp_path) for stage in config.stages.values()]
@@ -79,8 +56,55 @@ def test_the_demo_trains_on_objects_first(tmp_path: Path) -> None:
     assert len(trains) == 3
 
 
+def test_images_may_be_stated() -> None:
+    (plan,) = plan_stages(chain(replace(STAGE, data=DataConfig(train="nowhere"))), {"only": 80})
+    assert (plan.steps, plan.epochs, plan.train.images, plan.train.shards) == (30, 3.0, 80, None)
+
+
+def test_largest_image() -> None:
+    stage = replace(STAGE, augmentation=AugmentationConfig(scales=(480, 800), max_size=1333))
+    assert [largest_image(stage, microbatch) for microbatch in (1, 2)] == [(800, 1333), (1333, 1333)]
+    padded = replace(stage, data=DataConfig(pad_multiple=32))
+    assert largest_image(padded, 1) == (800, 1344)
+
+
+def test_possible_microbatches() -> None:
+    assert possible_microbatches(16, 4) == [1, 2, 4]
+    assert possible_microbatches(24, 2) == [1, 2, 4]
+    assert possible_microbatches(64, 64) == [1]
+
+
 def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(CHAIN), "--set", "stages.pretrain.data.train=nowhere"]) == 0
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(f'{{"images_per_second": {rate}, "world_size": 4}}\n' for rate in (1, 20, 24, 28)))
+    options = [
+        "--images",
+        "pretrain=1600",
+        "--images-per-second",
+        str(log),
+        "--price-per-hour",
+        "3",
+        "--gpu-memory",
+        "1",
+    ]
+    assert main(["plan", str(CHAIN), "--set", "stages.pretrain.data.train=nowhere", *options]) == 0
     text = capsys.readouterr().out
-    assert "stages.pretrain.data.train 'nowhere' does not exist yet: what depends on it is shown as ?" in text
+    assert "stages.finetune.data.train 'scenes/train' does not exist yet: what depends on it is shown as ?" in text
     assert "(assumed: no data is there to count them)" in text
+    assert "at 12.0 images/s of 2 worker(s)" in text  # 24 of 4 workers, the first line being slow by nature
+    hours = 1350 * 16 / 12 / 3600
+    assert f"{hours:.2f} " in text and f"{hours * 2 * 3:.2f} " in text
+    assert "for 1 GB, of which 0.9 are taken to be usable: ZeRO 0, microbatch 8, which needs 0." in text
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--images-per-second", "-1"], "--images-per-second is -1: expected a number above 0"),
+        (["--images-per-second", "none.jsonl"], "'none.jsonl': expected a number, or the metrics.jsonl of a stage"),
+        (["--images", "train=5"], "--images train=N: expected one of the stages pretrain, finetune, scratch"),
+    ],
+)
+def test_plan_refuses(option: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(CHAIN), *option]) == 2
+    assert message in capsys.readouterr().err

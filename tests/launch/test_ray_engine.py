@@ -43,7 +43,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> ChainCo
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[RayEngine]:
-    with RayEngine(LaunchConfig(workers=2)) as engine:
+    with RayEngine(LaunchConfig(workers=2, retries=0)) as engine:
         yield engine
 
 
@@ -86,9 +86,7 @@ def _stop_leaves_a_checkpoint_to_continue_from(engine: RayEngine, config: ChainC
 
 
 def _killed_worker_is_named(engine: RayEngine, config: ChainConfig, folder: Path, step: int) -> None:
-    import ray
-
-    victim = ray.get(engine._actors[1].process_id.remote())
+    victim = engine._team[1].pid
     seen: list[Event] = []
 
     def kill_at_first_step(event: Event) -> None:
@@ -96,7 +94,9 @@ def _killed_worker_is_named(engine: RayEngine, config: ChainConfig, folder: Path
         if isinstance(event, StepEvent) and psutil.pid_exists(victim):
             os.kill(victim, signal.SIGKILL)
 
-    with pytest.raises(WorkerLostError, match=r"worker 1 of 2 died \(killed, crashed, or its machine was lost\)"):
+    with pytest.raises(
+        WorkerLostError, match=r"worker 1 on 127\.0\.0\.1 died \(killed, crashed, or its machine was lost\)"
+    ):
         engine.run(job(config, folder), StopRequest(), kill_at_first_step)
     assert any(isinstance(event, MessageEvent) and f"step_{step:08d}" in event.text for event in seen)
     assert next(event.step for event in seen if isinstance(event, StepEvent)) == step + 1

@@ -1,12 +1,16 @@
-"""Ctrl-C and SIGTERM, sent to a real process."""
+"""Ctrl-C, SIGTERM and SIGUSR1, sent to a real process."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 
 import pytest
+
+from launch.signals import StopRequest
+from launch.worker_process import WorkerProcess
 
 CODE = """
 import time
@@ -47,3 +51,22 @@ def test_the_first_signal_is_a_request_a_second_interrupt_aborts(first: signal.S
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_request_to_save_is_taken_once_and_does_not_stop() -> None:
+    with StopRequest() as stop:
+        assert not stop.take_save_request()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        stop.install_again()
+        assert stop.take_save_request()
+        assert not stop.take_save_request() and not stop.requested
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def test_a_worker_serves_a_request_to_save_once() -> None:
+    worker = WorkerProcess()
+    assert not worker.save_requested()
+    worker.request_save()
+    assert worker.save_requested()
+    assert not worker.save_requested() and not worker.stop_requested()

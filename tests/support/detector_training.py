@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dino_scale.config.schema import DenoisingConfig, LossConfig, OptimizerConfig
 from dino_scale.loss.criterion import Criterion
 from dino_scale.model.dino import Dino, build_model
+from dino_scale.precision import BF16_PARAMETERS, autocast
 from dino_scale.structures import Targets
 from dino_scale.training import distributed
 from dino_scale.training.ema import WeightAverage
@@ -23,21 +24,27 @@ COUNTS = [((2, 1), (0, 3)), ((0, 0), (1, 2)), ((0, 0), (0, 0)), ((4, 0), (1, 1))
 
 
 class DetectorLoss(nn.Module):
-    def __init__(self, model: Dino) -> None:
+    def __init__(self, model: Dino, precision: str) -> None:
         super().__init__()
         self.model = model
+        self.precision = precision
         self.criterion = Criterion(LossConfig())
 
     def forward(self, pixels: Tensor, padding: Tensor, boxes: Targets, count: float, seed: int) -> tuple[Tensor, None]:
-        outputs = self.model(pixels, padding, boxes, generator(seed))
+        with autocast(pixels.device, self.precision):
+            outputs = self.model(pixels, padding, boxes, generator(seed))
         return self.criterion(outputs, boxes, count)["total"], None
 
 
-def train_detector(stage: int) -> tuple[list[float], dict[str, Tensor]]:
-    """Global loss of each step, and all trained parameters at the end."""
-    engine, parts = build(stage)
-    losses = [train_step(engine, parts, step)[0] for step in range(len(COUNTS))]
-    return losses, engine.gather("fp32")
+def train_detector(*runs: tuple[int, str]) -> list[tuple[list[float], dict[str, Tensor]]]:
+    """For each (stage, precision) the global loss of each step, and all trained parameters at the end."""
+    results = []
+    for stage, precision in runs:
+        engine, parts = build(stage, precision)
+        losses = [train_step(engine, parts, step)[0] for step in range(len(COUNTS))]
+        results.append((losses, engine.gather("fp32")))
+        engine.destroy()
+    return results
 
 
 def average_and_poison(stage: int) -> dict[str, Any]:
@@ -54,14 +61,14 @@ def average_and_poison(stage: int) -> dict[str, Any]:
     return {"before": before, "after": after, "state": state, "applied": applied, "loss": loss}
 
 
-def build(stage: int) -> tuple[ZeroEngine, int]:
+def build(stage: int, precision: str = "fp32") -> tuple[ZeroEngine, int]:
     """The engine, one group per block of the backbone, and the microbatches that are this rank's in every step."""
     torch.manual_seed(0)
     model = build_model(tiny(denoising=DenoisingConfig(queries=4)), CLASSES).train()
     parts = 2 // distributed.world_size()
     rates = OptimizerConfig(learning_rate=1e-3, backbone_learning_rate=1e-3, backbone_layer_decay=0.9)
     engine = ZeroEngine(
-        DetectorLoss(model),
+        DetectorLoss(model, precision),
         model,
         parameter_groups(model, rates),
         stage=stage,
@@ -70,6 +77,7 @@ def build(stage: int) -> tuple[ZeroEngine, int]:
         clip_norm=0.1,
         betas=(0.9, 0.999),
         epsilon=1e-8,
+        bf16_parameters=precision == BF16_PARAMETERS,
     )
     return engine, parts
 

@@ -1,4 +1,8 @@
-"""A small web server with Range on loopback that misbehaves on order: a stand-in for an object store."""
+"""A small web server with Range on loopback that misbehaves on order: a stand-in for an object store.
+
+Plain HTTP, or with `s3` the part of the S3 protocol that reading needs: path-style addresses, signed requests, HEAD,
+errors as XML.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+S3_KEY = {"AWS_ACCESS_KEY_ID": "test-key", "AWS_SECRET_ACCESS_KEY": "test-secret", "AWS_DEFAULT_REGION": "eu-west-1"}
 Fault = str  # "error", "short", "slow", "stalled", "flipped", "whole", "none"
 
 
@@ -19,8 +24,8 @@ class Store(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128  # with the usual 5, connections made at once wait seconds for a second try
 
-    def __init__(self, root: Path, fault: Callable[[str, int], Fault]) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, root: Path, fault: Callable[[str, int], Fault], s3: bool) -> None:
+        super().__init__(("127.0.0.1", 0), _S3Handler if s3 else _Handler)
         self.root, self.fault = root, fault
         self.requests: list[tuple[str, int, int]] = []
         self.lock = threading.Lock()
@@ -63,6 +68,8 @@ class _Handler(BaseHTTPRequestHandler):
             body = bytes([body[0] ^ 0xFF]) + body[1:]
         self.send_response(206 if partial else 200)
         self.send_header("Content-Length", str(len(body)))
+        if partial:
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
         self.end_headers()
         if fault == "short":
             self.wfile.write(body[: len(body) // 2])
@@ -74,13 +81,52 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.wfile.write(body)
 
+    def do_HEAD(self) -> None:
+        path = self.server.root / self.path.lstrip("/")
+        if not path.is_file():
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(path.stat().st_size))
+        self.end_headers()
+
     def log_message(self, format: str, *arguments: object) -> None:
         """Nothing on the terminal."""
 
 
+class _S3Handler(_Handler):
+    def do_GET(self) -> None:
+        if self._is_signed():
+            super().do_GET()
+
+    def do_HEAD(self) -> None:
+        if self._is_signed():
+            super().do_HEAD()
+
+    def _is_signed(self) -> bool:
+        """Not whether the signature is right: that is the client library's business."""
+        claim = f"AWS4-HMAC-SHA256 Credential={S3_KEY['AWS_ACCESS_KEY_ID']}/"
+        signed = self.headers.get("Authorization", "").startswith(claim) and "x-amz-date" in self.headers
+        if not signed:
+            self.send_error(403)
+        return signed
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        name = {403: "AccessDenied", 404: "NoSuchKey", 503: "SlowDown"}[code]
+        body = f'<?xml version="1.0" encoding="UTF-8"?><Error><Code>{name}</Code><Message>{name}</Message></Error>'
+        self.send_response(code)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body.encode())
+
+
 @contextmanager
-def serve(root: Path, fault: Callable[[str, int], Fault] = lambda name, earlier: "none") -> Iterator[Store]:
-    store = Store(root, fault)
+def serve(
+    root: Path, fault: Callable[[str, int], Fault] = lambda name, earlier: "none", s3: bool = False
+) -> Iterator[Store]:
+    store = Store(root, fault, s3)
     thread = threading.Thread(target=store.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:

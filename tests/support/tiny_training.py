@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,17 @@ from torch import Tensor, nn
 
 from dino_scale.checkpoint import store
 from dino_scale.config.schema import OptimizerConfig
+from dino_scale.precision import BF16_PARAMETERS, autocast
 from dino_scale.training import distributed
 from dino_scale.training.ema import WeightAverage
-from dino_scale.training.optimizer import parameter_groups
+from dino_scale.training.optimizer import ParameterGroup, parameter_groups
 from dino_scale.training.zero import ZeroEngine
 
 GLOBAL_BATCH = 12
 
 
 class TinyModel(nn.Module):
-    """One layer is used twice, one is frozen, one buffer is persistent; sizes are odd on purpose."""
+    """A layer and the head are used twice, one layer is frozen, one buffer is persistent; sizes are odd on purpose."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,40 +30,57 @@ class TinyModel(nn.Module):
         self.backbone[0].requires_grad_(False)
         self.shared = nn.Linear(11, 11)
         self.scale = nn.Parameter(torch.ones(1))
+        self.norm = nn.LayerNorm(11)
         self.head = nn.Linear(11, 3)
         self.register_buffer("offset", torch.full((5,), 0.25))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.backbone(x)
-        x = torch.tanh(self.shared(torch.tanh(self.shared(x))))
-        return self.head(x * self.scale) + self.offset.sum()
+        first = torch.tanh(self.shared(self.backbone(x)))
+        second = torch.tanh(self.shared(first))
+        return self.head(first) + self.head(self.norm(second) * self.scale) + self.offset.sum()
 
 
 class TinyObjective(nn.Module):
-    def __init__(self, model: TinyModel) -> None:
+    def __init__(self, model: TinyModel, precision: str = "fp32") -> None:
         super().__init__()
         self.model = model
+        self.precision = precision
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = (self.model(x) - y).pow(2).sum() / GLOBAL_BATCH
+        with autocast(x.device, self.precision):
+            found = self.model(x)
+        loss = (found.float() - y).pow(2).sum() / GLOBAL_BATCH
         return loss, {"total": loss.detach()}
 
 
-def build(stage: int, microbatch: int = 2, decay: float = 0.9) -> tuple[ZeroEngine, WeightAverage]:
+def tiny_groups(model: TinyModel, config: OptimizerConfig) -> list[ParameterGroup]:
+    """Backbone, detector, and a group of a single element: most ranks hold nothing but padding of it."""
+    groups = []
+    for group in parameter_groups(model, config):
+        rest = tuple(item for item in group.parameters if item[0] != "scale")
+        groups.append(replace(group, parameters=rest))
+    groups.append(ParameterGroup("scale", 0.02, 0.0, (("scale", model.scale),)))
+    return groups
+
+
+def build(
+    stage: int, microbatch: int = 2, decay: float = 0.9, precision: str = "fp32"
+) -> tuple[ZeroEngine, WeightAverage]:
     torch.manual_seed(5)
     model = TinyModel()
     config = OptimizerConfig(learning_rate=0.03, backbone_learning_rate=0.01, weight_decay=0.05, clip_norm=0.5)
     accumulation = GLOBAL_BATCH // microbatch // distributed.world_size()
     engine = ZeroEngine(
-        TinyObjective(model),
+        TinyObjective(model, precision),
         model,
-        parameter_groups(model, config),
+        tiny_groups(model, config),
         stage=stage,
         microbatch=microbatch,
         accumulation=accumulation,
         clip_norm=config.clip_norm,
         betas=config.betas,
         epsilon=config.epsilon,
+        bf16_parameters=precision == BF16_PARAMETERS,
     )
     return engine, WeightAverage(engine, decay)
 

@@ -14,25 +14,54 @@ from torch import Tensor
 from tests.support.detector_training import DECAY, average_and_poison, train_detector
 from tests.support.processes import run_ranks
 
+Trained = tuple[list[float], dict[str, Tensor]]
+PRECISIONS = ("fp32", "bf16_parameters")
+
 
 @pytest.fixture(scope="module")
-def alone() -> tuple[list[float], dict[str, Tensor]]:
-    return run_ranks(train_detector, 1, 0)[0]
+def alone() -> dict[tuple[int, str], Trained]:
+    runs = ((0, "fp32"), (3, "fp32"))
+    return dict(zip(runs, run_ranks(train_detector, 1, *runs)[0], strict=True))
 
 
-@pytest.mark.parametrize(("world", "stage"), [(2, 2), (2, 3), (1, 3)])
-def test_detector_does_not_depend_on_workers_or_stage(
-    alone: tuple[list[float], dict[str, Tensor]], world: int, stage: int
-) -> None:
-    losses, state = alone
-    for other_losses, other_state in run_ranks(train_detector, world, stage):
-        assert other_losses == pytest.approx(losses, rel=1e-4)
-        assert other_state.keys() == state.keys()
-        for name, value in state.items():
-            # Adam's first steps turn gradients of rounding size into whole steps of 1e-3: single values may differ.
-            differing = (other_state[name] - value).abs() > 1e-4
-            assert float(differing.float().mean()) < 0.02, name
-            torch.testing.assert_close(other_state[name], value, rtol=0, atol=6e-3)
+@pytest.fixture(scope="module")
+def together() -> list[dict[tuple[int, str], Trained]]:
+    """What each of two ranks has; in the second step one of them has no box, in the third neither."""
+    runs = [(stage, precision) for precision in PRECISIONS for stage in (1, 2, 3)]
+    return [dict(zip(runs, results, strict=True)) for results in run_ranks(train_detector, 2, *runs)]
+
+
+def require_alike(trained: Trained, expected: Trained) -> None:
+    assert trained[0] == pytest.approx(expected[0], rel=1e-4)
+    assert trained[1].keys() == expected[1].keys()
+    for name, value in expected[1].items():
+        # Adam's first steps turn gradients of rounding size into whole steps of 1e-3: single values may differ.
+        differing = (trained[1][name] - value).abs() > 1e-4
+        assert float(differing.float().mean()) < 0.02, name
+        torch.testing.assert_close(trained[1][name], value, rtol=0, atol=6e-3)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_detector_does_not_depend_on_workers_or_stage(alone, together, stage: int) -> None:
+    for results in together:
+        require_alike(results[stage, "fp32"], alone[0, "fp32"])
+
+
+def test_detector_under_stage_3_alone(alone) -> None:
+    require_alike(alone[3, "fp32"], alone[0, "fp32"])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_detector_trains_with_bf16_parameters(alone, together, stage: int) -> None:
+    """Near the float32 run, but not that run: the weights in the module are rounded, the masters are not.
+
+    Not nearer, because equal scores in bfloat16 let the choice of queries turn on the last bit of a matrix product.
+    """
+    losses, masters = together[0][stage, "bf16_parameters"]
+    exact = alone[0, "fp32"][0]
+    assert losses == pytest.approx(exact, rel=0.05)
+    assert losses != pytest.approx(exact, rel=1e-6)
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in masters.values())
 
 
 @pytest.fixture(scope="module")
