@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from dino_scale.errors import USERS_FILE_ERRORS, DinoScaleError, UserError
 from launch.bench_cli import add_benchmarks
 from launch.plan_cli import add_plan_options
+from launch.security import redacted
 
 if TYPE_CHECKING:
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -43,13 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _fail(message: str, code: int) -> int:
     if os.environ.get(_DEBUG):
-        traceback.print_exc()
-    print(f"dino-scale: {message}", file=sys.stderr)
+        print(redacted(traceback.format_exc()), file=sys.stderr)
+    print(f"dino-scale: {redacted(message)}", file=sys.stderr)
     return code
 
 
 def _report_bug() -> int:
-    traceback.print_exc()
+    print(redacted(traceback.format_exc()), file=sys.stderr)
     print("dino-scale: this is a bug in dino-scale; please report the lines above", file=sys.stderr)
     return 1
 
@@ -96,6 +97,11 @@ def _add_overrides(parser: argparse.ArgumentParser, example: str = "stages.pretr
         metavar="KEY=VALUE",
         help=f"override one configuration key, such as {example}; may be repeated",
     )
+
+
+def _add_insecure(parser: argparse.ArgumentParser) -> None:
+    text = "join a Ray cluster that asks for no token; the same as --set launch.insecure=true"
+    parser.add_argument("--insecure", action="append_const", dest="overrides", const="launch.insecure=true", help=text)
 
 
 # One function per command: its arguments, and the import of what it runs. Nothing heavy is imported before that.
@@ -193,6 +199,7 @@ def _train(commands: Commands) -> None:
     parser = _command(commands, "train", "run a chain of stages in a new run folder", example, run)
     parser.add_argument("chain", type=Path, metavar="CHAIN.yaml")
     parser.add_argument("--run-dir", type=Path, metavar="R", help="new folder; default runs/NAME-DATE-TIME")
+    _add_insecure(parser)
     _add_overrides(parser)
 
 
@@ -205,6 +212,7 @@ def _resume(commands: Commands) -> None:
     text = "continue a run where it stopped, on whatever workers there are now"
     parser = _command(commands, "resume", text, "dino-scale resume runs/first --set launch.workers=1", run)
     parser.add_argument("run_dir", type=Path, metavar="R", help="run folder of train or demo")
+    _add_insecure(parser)
     _add_overrides(parser)
 
 

@@ -22,6 +22,7 @@ from dino_scale.config.schema import LossConfig, ModelConfig
 from dino_scale.loss.criterion import Criterion
 from dino_scale.model.denoising import Denoiser, DenoisingQueries, Draws
 from dino_scale.model.dino import Dino, build_model
+from dino_scale.precision import BF16_PARAMETERS
 from dino_scale.structures import Batch, Targets
 from dino_scale.training.objective import Objective
 
@@ -58,6 +59,8 @@ def measure_activations(
         model = build_model(config, classes, pretrained=False).train()
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         model = model.to_empty(device="cpu")
+        if precision == BF16_PARAMETERS:
+            model = model.bfloat16()
         if model.denoiser is not None:
             model.add_module("denoiser", _DenoiserWithValues(model, classes, fake))
         for parameter in model.parameters():  # kept from step to step, so no part of what comes and goes

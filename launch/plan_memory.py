@@ -14,12 +14,13 @@ import torch
 from dino_scale.config.schema import ModelConfig, OptimizerConfig
 from dino_scale.errors import ConfigError
 from dino_scale.model.dino import Dino, build_model
+from dino_scale.precision import BF16_PARAMETERS
 from dino_scale.training.optimizer import parameter_groups
 from dino_scale.training.zero import PERSISTENT_PARAMETER, REDUCE_BUCKET
 
 _FLOAT_BYTES = 4
-# Bytes of one element of (parameters, gradients) by precision; masters and moments are float32 always.
-ELEMENT_BYTES = {"fp32": (4, 4), "bf16": (4, 4), "bf16_parameters": (2, 2)}  # bf16 is autocast: parameters stay float32
+# Bytes of one element of (parameters, gradients) by precision; masters and moments are float32. bf16 is autocast.
+ELEMENT_BYTES = {"fp32": (4, 4), "bf16": (4, 4), BF16_PARAMETERS: (2, 4)}
 _ALIGNMENT = 2  # elements; DeepSpeed pads every group of parameters to a multiple of this times the workers
 # While the optimizer updates: gradients once more in one piece, and two intermediate results of AdamW.
 _UPDATE_COPIES = 3

@@ -20,6 +20,7 @@ from dino_scale.errors import UserError
 from dino_scale.training.control import MessageEvent
 from launch.engine import Show
 from launch.guardian import Guardian
+from launch.security import authentication, require_closed
 
 # Read by Ray on import. The first one, despite its name, keeps a cluster that Ray starts on loopback.
 _LOCAL_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -54,11 +55,14 @@ class RaySession:
     def open(self, show: Show) -> None:
         """UserError where no cluster answers."""
         os.environ.update(_ENVIRONMENT | (_LOCAL_ENVIRONMENT if self.is_local else {}))
+        os.environ.update(authentication(os.environ, self.is_local, self.launch.insecure))
         ray = import_ray()
         place = "starting Ray on this machine" if self.is_local else f"joining Ray at {self.launch.address}"
         show(MessageEvent(place))
         if self.launch.address not in ("local", "auto"):
             _require_open_port(self.launch.address)
+            if not self.launch.insecure:
+                require_closed(self.launch.address)
         options: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": False}  # errors come as exceptions
         options |= self._local_options() if self.is_local else _shipped_code()
         try:
@@ -68,9 +72,16 @@ class RaySession:
                 f"launch.address is '{self.launch.address}': no Ray cluster answers there ({_first_line(error)}); "
                 "expected local, auto or host:port"
             ) from None
+        except ray.exceptions.AuthenticationError as error:
+            raise UserError(
+                f"the Ray cluster at {self.launch.address} refuses this machine's token ({_first_line(error)}): put "
+                "the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+            ) from None
+        self._started = True
+        if self.launch.address == "auto" and not self.launch.insecure:
+            require_closed(ray.get_runtime_context().gcs_address)
         # Otherwise Ray prints the last 20 lines of a lost machine's log; there is no public call against that.
         ray._private.worker._worker_logs_enabled = False
-        self._started = True
 
     def guard(self) -> None:
         """Let nothing that runs now outlive a killed driver; a cluster sees to that itself."""

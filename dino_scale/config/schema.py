@@ -293,6 +293,7 @@ class LaunchConfig:
     retries: int = 5
     # ray only: workers without a sign of life for this long start again; so long a run waits for machines it lacks
     patience_minutes: float = 30.0  # (steps and images of an evaluation count as signs of life)
+    insecure: bool = False  # ray only: join a cluster that asks for no token, where anyone can run code
     check_memory: bool = True  # refuse what cannot fit into this machine (hosts of a cluster elsewhere are not seen)
     notice_file: str = ""  # ray only: a machine on which this file appears is about to be taken away; empty: none
 

@@ -19,7 +19,7 @@ from dino_scale.errors import ConfigError
 class Participation:
     """Watches which parameters a backward pass reaches.
 
-    The check runs when autograd is done, before DeepSpeed exchanges gradients, so that the worker that found the mistake
+    The check runs when autograd is done, before DeepSpeed exchanges gradients, so that a worker which found a mistake
     tells of it instead of waiting. Gradients that fill DeepSpeed's bucket (reduce_bucket_size) are exchanged earlier;
     then the others may abort first.
     """

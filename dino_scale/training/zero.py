@@ -29,8 +29,7 @@ from dino_scale.training.optimizer import ParameterGroup
 from dino_scale.training.participation import Participation
 from dino_scale.training.partitions import MOMENTS, VERSION, Fragment, Partitions
 
-# elements of gradients that travel at once; DeepSpeed's 500 million would hold 2 GB of a GPU
-REDUCE_BUCKET = 50_000_000
+REDUCE_BUCKET = 50_000_000  # elements of gradients that travel at once; DeepSpeed's own 500 million fill 2 GB of a GPU
 PERSISTENT_PARAMETER = 100_000  # elements up to which stage 3 keeps a parameter whole (DeepSpeed's default)
 
 

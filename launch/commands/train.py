@@ -18,6 +18,7 @@ from launch.memory_check import check_memory
 from launch.preflight import check, with_absolute_paths
 from launch.progress import Progress
 from launch.run_folder import RunFolder
+from launch.security import require_no_secrets
 from launch.summary import print_summary
 
 
@@ -28,6 +29,7 @@ def train(chain: Path, run_dir: Path | None, overrides: Sequence[str]) -> None:
 
 def start(config: ChainConfig, run_dir: Path, beside: Sequence[str] = ()) -> None:
     """Run a chain in a new run folder, which may hold the entries named in `beside` already."""
+    require_no_secrets(leaves(config))
     engine = open_engine(config.launch)
     check(config, engine.workers)
     if engine.is_primary:
@@ -46,6 +48,7 @@ def resume(run_dir: Path, overrides: Sequence[str]) -> None:
     folder = RunFolder.open(path, overrides)
     before = leaves(load_chain(path / "config.yaml"))
     folder.config = with_absolute_paths(folder.config)
+    require_no_secrets(leaves(folder.config))
     engine = open_engine(folder.config.launch)
     if folder.next_stage() is not None:
         check(folder.config, engine.workers)

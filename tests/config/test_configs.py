@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from dino_scale.config.decode import load_chain
-from dino_scale.config.schema import LossConfig, ModelConfig
+from dino_scale.config.schema import LossConfig, ModelConfig, OptimizerConfig
 from dino_scale.loss.criterion import Criterion
 from dino_scale.model.dino import build_model
 from dino_scale.training.schedule import rate_factor, total_steps
 from launch.cli import main
-from launch.plan import model_size
+from launch.plan_memory import model_size
 from tests.support.tiny_detector import CLASSES, generator, images, targets
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -60,8 +60,8 @@ def test_every_model_can_be_built(path: Path, tmp_path: Path) -> None:
 )
 def test_published_sizes(name: str, total: int, frozen: int, tmp_path: Path) -> None:
     config = model_of(CONFIGS / "model" / f"{name}.yaml", tmp_path)
-    size = model_size(config, OFFICIAL_CLASSES)
-    assert (size.trained + size.frozen, size.frozen) == (total, frozen)
+    size = model_size(config, OFFICIAL_CLASSES, OptimizerConfig())
+    assert (size.parameters, sum(size.frozen)) == (total, frozen)
 
 
 def test_a_class_costs_what_the_heads_and_the_label_embedding_cost(tmp_path: Path) -> None:
@@ -73,14 +73,16 @@ def test_a_class_costs_what_the_heads_and_the_label_embedding_cost(tmp_path: Pat
     config = model_of(CONFIGS / "model" / "dino_swin_l_4scale.yaml", tmp_path)
     a_class = 2 * (256 + 1) + 256
     for classes in (80, 365):
-        size = model_size(config, classes)
+        size = model_size(config, classes, OptimizerConfig())
         assert size.trained == 217_230_066 + (classes - OFFICIAL_CLASSES) * a_class
 
 
 def test_a_fifth_level_costs_what_its_parts_cost(tmp_path: Path) -> None:
     """Swin-L 5-scale has no published count; the difference to 4-scale is explained part by part."""
     sizes = [
-        model_size(model_of(CONFIGS / "model" / f"dino_swin_l_{scales}scale.yaml", tmp_path), 91).trained
+        model_size(
+            model_of(CONFIGS / "model" / f"dino_swin_l_{scales}scale.yaml", tmp_path), 91, OptimizerConfig()
+        ).trained
         for scales in (4, 5)
     ]
     projection = (192 * 256 + 256) + 2 * 256  # 1 x 1 convolution of the new finest map and its group norm

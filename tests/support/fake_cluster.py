@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from launch.security import authentication
+
 _OBJECT_STORE_BYTES = 80 * 2**20
 _QUICK_HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 1000,
@@ -21,6 +23,7 @@ class FakeCluster:
 
     def __init__(self) -> None:
         os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
+        os.environ.update(authentication(os.environ, local=True, insecure=False))
         from ray.cluster_utils import Cluster
 
         head = self._options(0) | {"include_dashboard": False, "_system_config": _QUICK_HEALTH_CHECKS}
