@@ -35,7 +35,7 @@ from dino_scale.training.metrics import MetricsLog
 from dino_scale.training.objective import Objective
 from dino_scale.training.optimizer import aligned, group_table, parameter_groups
 from dino_scale.training.prefetch import on_device
-from dino_scale.training.sample_log import SampleLog, forget_after
+from dino_scale.training.sample_log import open_log
 from dino_scale.training.schedule import total_steps
 from dino_scale.training.trainer import Progress, StageLength, Trainer
 from dino_scale.training.zero import ZeroEngine
@@ -119,7 +119,7 @@ class _StageRun:
             self.control,
             self.checkpoints,
             evaluate=self._evaluate,
-            samples=self._sample_log(),
+            samples=open_log(self.folder / "samples", self.progress.step, wanted=self.config.data.log_samples),
         )
         start = self.progress.step
         if trainer.run(self._data(), self.progress):
@@ -204,12 +204,6 @@ class _StageRun:
             pin=device.type == "cuda",
         )
         return on_device(steps, device)
-
-    def _sample_log(self) -> SampleLog | None:
-        """Where the image ids of every step go, if they are wanted; earlier records of steps done again go first."""
-        folder = self.folder / "samples"
-        distributed.on_rank_zero(lambda: forget_after(folder, self.progress.step))
-        return SampleLog(folder, distributed.rank(), distributed.world_size()) if self.config.data.log_samples else None
 
     def _note_bad(self, bad: BadSample) -> None:
         """One line in bad_samples.jsonl; every rank appends its own, a short append is not torn."""

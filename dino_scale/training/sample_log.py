@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dino_scale.structures import Batch
+from dino_scale.training import distributed
 from dino_scale.training.metrics import keep_until
 
 _PATTERN = "rank_*.jsonl"
@@ -43,6 +44,12 @@ class SampleLog:
         ]
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(line + "\n" for line in lines))
+
+
+def open_log(folder: Path, step: int, wanted: bool) -> SampleLog | None:
+    """This rank's log for the steps after `step`, None unless it is wanted. Call on every rank."""
+    distributed.on_rank_zero(lambda: forget_after(folder, step))
+    return SampleLog(folder, distributed.rank(), distributed.world_size()) if wanted else None
 
 
 def forget_after(folder: Path, step: int) -> None:

@@ -80,7 +80,7 @@ def kills_at_random(draw: random.Random) -> list[Kill]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("everywhere", [False, True], ids=["on one topology", "on another topology each time"])
+@pytest.mark.parametrize("everywhere", [False, True], ids=["one-topology", "another-topology-each-time"])
 def test_kills_at_random_change_nothing(shards: Path, tmp_path: Path, everywhere: bool) -> None:
     seed = int(os.environ.get("DINO_SCALE_TEST_SEED", time.time_ns() % 10**6))
     draw = random.Random(seed)

@@ -19,7 +19,7 @@ from data_pipeline.index import Index
 from data_pipeline.order import SampleStream
 from data_pipeline.pack import pack
 from data_pipeline.synthetic import write_synthetic
-from dino_scale.checkpoint.store import list_checkpoints
+from dino_scale.checkpoint.layout import list_checkpoints
 from dino_scale.checkpoint.whole import read_whole
 from dino_scale.config.schema import (
     AugmentationConfig,
@@ -127,6 +127,9 @@ class _Silent:
 
     def report(self, event: Event) -> None:
         """Nobody watches."""
+
+    def beat(self, step: int, own_seconds: float | None = None) -> None:
+        """Nobody waits for a sign of life."""
 
     def stop_requested(self) -> bool:
         return False
