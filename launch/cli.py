@@ -101,7 +101,8 @@ def _add_overrides(parser: argparse.ArgumentParser, example: str = "stages.pretr
 
 def _add_insecure(parser: argparse.ArgumentParser) -> None:
     text = "join a Ray cluster that asks for no token; the same as --set launch.insecure=true"
-    parser.add_argument("--insecure", action="append_const", dest="overrides", const="launch.insecure=true", help=text)
+    override = "launch.insecure=true"
+    parser.add_argument("--insecure", action="append_const", dest="overrides", default=[], const=override, help=text)
 
 
 # One function per command: its arguments, and the import of what it runs. Nothing heavy is imported before that.

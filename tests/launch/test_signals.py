@@ -65,7 +65,7 @@ def test_a_request_to_save_is_taken_once_and_does_not_stop() -> None:
 
 
 def test_a_worker_serves_a_request_to_save_once() -> None:
-    worker = WorkerProcess()
+    worker = WorkerProcess("127.0.0.1")
     assert not worker.save_requested()
     worker.request_save()
     assert worker.save_requested()
