@@ -99,8 +99,8 @@ class RemoteFolder:
             except FileNotFoundError:
                 raise DataError(f"{self.url}/{name}: does not exist: check the address") from None
             except Exception as error:  # what a store raises depends on its library
-                reason = _in_words(error)
-            if self._gives_up(attempt, True, begin):
+                reason, refused = _in_words(error), _is_refusal(error)
+            if self._gives_up(attempt, not refused, begin):
                 raise DataError(f"{self.url}/{name}: cannot be read after {attempt} tries ({reason})")
             time.sleep(self._pause(attempt))
         raise AssertionError("the loop above ends by returning or raising")
@@ -122,7 +122,8 @@ class RemoteFolder:
         if isinstance(answer, FileNotFoundError):
             return _Lost(f"{self.url}/{part.name}: does not exist (No such file)")
         if isinstance(answer, Exception):
-            return _Away(f"{place} cannot be read ({_in_words(answer)})")
+            kind = DataError if _is_refusal(answer) else _Away
+            return kind(f"{place} cannot be read ({_in_words(answer)})")
         if len(answer) != part.size:
             return DataError(f"{place}: {len(answer)} of {part.size} bytes came")
         return answer if part.fits(answer) else DataError(f"{place}: does not match its checksum")
@@ -130,6 +131,11 @@ class RemoteFolder:
 
 def _in_words(error: Exception) -> str:
     return " ".join(f"{type(error).__name__} {error}".split())
+
+
+def _is_refusal(error: Exception) -> bool:
+    """The store is there and does not let us in; web servers say so by a status, which aiohttp's errors carry."""
+    return isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)
 
 
 class _Lost(DataError):
