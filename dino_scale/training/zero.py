@@ -297,6 +297,10 @@ def load_deepspeed() -> Any:
 def _initialise(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
     deepspeed = load_deepspeed()
     deepspeed.init_distributed(verbose=False)
+    from deepspeed.utils import groups
+
+    # It keeps a copy of the process group, which may be one that this process has left since.
+    groups._release_process_group_references()
     with contextlib.redirect_stdout(io.StringIO()):  # one of its optimizers prints the memory in use, at every group
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     return engine

@@ -91,6 +91,7 @@ def test_peak_is_the_growth_of_a_process_in_a_real_step(precision: str, recomput
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_peak_is_that_of_a_gpu(precision: str) -> None:
     shape = Microbatch(4, (448, 512))
