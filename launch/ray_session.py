@@ -54,8 +54,7 @@ class RaySession:
 
     def open(self, show: Show) -> None:
         """UserError where no cluster answers."""
-        os.environ.update(_ENVIRONMENT | (_LOCAL_ENVIRONMENT if self.is_local else {}))
-        os.environ.update(authentication(os.environ, self.is_local, self.launch.insecure))
+        os.environ.update(environment(self.is_local, self.launch.insecure))
         ray = import_ray()
         place = "starting Ray on this machine" if self.is_local else f"joining Ray at {self.launch.address}"
         show(MessageEvent(place))
@@ -117,6 +116,12 @@ class RaySession:
         if self._guardian is not None:
             self._guardian.dismiss()
             self._guardian = None
+
+
+def environment(local: bool, insecure: bool = False) -> dict[str, str]:
+    """Variables to set before Ray is imported, because it reads them only then: loopback and tokens among them."""
+    own = _LOCAL_ENVIRONMENT if local else {}
+    return _ENVIRONMENT | own | authentication(os.environ, local, insecure)
 
 
 def import_ray() -> Any:

@@ -1,4 +1,4 @@
-"""A tiny two-domain data set, drawn and packed once for all tests of this folder; and tokens for Ray."""
+"""A tiny two-domain data set, drawn and packed once for all tests of this folder; and what Ray wants to know before it is imported."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from launch.commands.demo import Sizes, make_data
-from launch.security import authentication
+from launch.ray_session import environment
 
-# Ray settles on import whether it asks for a token, and test modules that need its exceptions import it while they are
-# collected: before any of them, as the program itself does.
-os.environ.update(authentication(os.environ, local=True, insecure=False))
+# Ray settles on import whether it asks for a token and where it listens, and test modules that need its exceptions import
+# it while they are collected: this comes before any of them, as in the program itself.
+os.environ.update(environment(local=True))
 
 
 @pytest.fixture(scope="session")
