@@ -1,4 +1,4 @@
-"""A tiny two-domain data set, drawn and packed once for all tests of this folder; and what Ray wants to know before it is imported."""
+"""A tiny two-domain data set, drawn and packed once for all tests of this folder; and the environment of Ray."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from launch.commands.demo import Sizes, make_data
 from launch.ray_session import environment
 
-# Ray settles on import whether it asks for a token and where it listens, and test modules that need its exceptions import
-# it while they are collected: this comes before any of them, as in the program itself.
+# Ray settles on import whether it asks for a token and where it listens, and test modules that need its exceptions
+# import it while they are collected: this comes before any of them, as in the program itself.
 os.environ.update(environment(local=True))
 
 
