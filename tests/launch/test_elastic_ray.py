@@ -15,7 +15,14 @@ import torch
 from safetensors.torch import load_file
 
 from dino_scale.config.decode import load_chain
-from dino_scale.config.schema import ChainConfig, DataConfig, LaunchConfig, ScheduleConfig, WorkerRange
+from dino_scale.config.schema import (
+    ChainConfig,
+    CheckpointConfig,
+    DataConfig,
+    LaunchConfig,
+    ScheduleConfig,
+    WorkerRange,
+)
 from dino_scale.errors import DataError, WorkerLostError
 from dino_scale.training.control import Event, MessageEvent, StepEvent
 from launch.ray_engine import RayEngine
@@ -142,6 +149,7 @@ def test_an_error_of_the_user_stops_at_once(cluster: FakeCluster, config: ChainC
 
 
 def test_too_many_failures_stop_the_run(cluster: FakeCluster, config: ChainConfig, tmp_path: Path) -> None:
+    never = replace(config.stages["only"], checkpoint=CheckpointConfig(every_steps=0))  # steps outrun this observer
     with RayEngine(launch(cluster, 2, 2, retries=1)) as engine:
         killed = []
 
@@ -151,7 +159,7 @@ def test_too_many_failures_stop_the_run(cluster: FakeCluster, config: ChainConfi
                 os.kill(killed[-1], signal.SIGKILL)
 
         with pytest.raises(WorkerLostError, match=r"died .*failed 2 times in a row before the first checkpoint"):
-            run(engine, config, tmp_path, kill)
+            run(engine, replace(config, stages={"only": never}), tmp_path, kill)
     assert len(set(killed)) == 2
 
 
