@@ -72,6 +72,8 @@ class RaySession:
                 "expected local, auto or host:port"
             ) from None
         except RuntimeError as error:  # what Ray raises where no process of the cluster runs beside the driver
+            if self.is_local:
+                raise
             raise UserError(
                 f"launch.address is '{self.launch.address}': this machine is no node of that cluster "
                 f"({_first_line(error)}); start the command on one of its nodes, or send it there by `ray job submit`"
