@@ -66,8 +66,10 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class CompiledRow:
-    """spill_bytes: of stack, per thread. warps_per_sm: as many as the registers allow on one multiprocessor."""
+    """triton: its version. spill_bytes: of stack, per thread. warps_per_sm: as many as the registers of one
+    multiprocessor allow."""
 
+    triton: str
     kernel: str
     capability: int
     dtype: str
@@ -98,7 +100,10 @@ def measure_compiled() -> Iterator[CompiledRow]:
 def _row(kernel: str, capability: int, dtype: str, shape: str, found: Compiled) -> CompiledRow:
     allocated = -(-found.registers // REGISTER_STEP) * REGISTER_STEP
     warps = min(MOST_WARPS, REGISTERS // (WARP * allocated))
-    return CompiledRow(kernel, capability, dtype, shape, found.registers, found.stack_bytes, found.barriers, warps)
+    version = triton.__version__
+    return CompiledRow(
+        version, kernel, capability, dtype, shape, found.registers, found.stack_bytes, found.barriers, warps
+    )
 
 
 def compile_forward(capability: int, shape: AttentionShape, launch: LaunchShape | None = None) -> Compiled:
