@@ -254,3 +254,32 @@ def test_gpu_session_refuses_a_machine_without_one(tmp_path: Path) -> None:
     result = subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True)
     assert result.returncode == 2 and "torch sees no CUDA device" in result.stderr
     assert not (tmp_path / "results").exists()
+
+
+# Answers as an interpreter would: a card is there, the tests end as they are told to, and what is launched is noted.
+_INTERPRETER = """#!/bin/sh
+case "$*" in
+    *get_device_name*) echo A-card ;;
+    "-m pytest "*) echo "1 failed, 99 passed"; exit {status} ;;
+    "-m launch "*) echo "$*" >> {noted} ;;
+    *timm*) exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("status", "ending", "launched"), [(0, 0, True), (1, 1, False)])
+def test_gpu_session_times_nothing_after_a_failed_test(
+    status: int, ending: int, launched: bool, tmp_path: Path
+) -> None:
+    interpreter, noted = tmp_path / "python", tmp_path / "noted.txt"
+    interpreter.write_text(_INTERPRETER.format(status=status, noted=noted))
+    interpreter.chmod(0o755)
+    script = Path(bench.__file__).with_name("gpu_session.sh")
+    environment = {**os.environ, "PYTHON": str(interpreter)}
+    result = subprocess.run(
+        ["sh", str(script), "results"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == ending, result.stderr
+    assert noted.exists() == launched and "99 passed" in result.stdout
+    assert ("the tests above failed; nothing was timed" in result.stderr) != launched
+    assert len(list((tmp_path / "results").glob("A-card-*-tests.txt"))) == 1
