@@ -44,10 +44,20 @@ test-jobs:
 	$(MAKE) env VENV=$(VENV)-jobs EXTRAS=dev,cluster
 	$(VENV)-jobs/bin/pytest -m slow tests/launch/test_ray_jobs.py $(PYTEST_ARGS)
 
-# CPU time of the kernels beside the usual ways, as ratios; the file is named after the moment.
+# Every figure of docs/kernels.md that needs no GPU, and the data path, into one folder named after the moment. One
+# thread: the ratios of a machine that is seldom free are steadiest so. SHARDS: a packed folder for the data path;
+# empty: synthetic pictures are drawn and packed.
+bench: FOLDER := runs/bench-$(shell date -u +%Y%m%d-%H%M%S)
 bench: $(STAMP)
-	mkdir -p runs
-	$(BIN)/dino-scale bench kernels --device cpu --out runs/kernels-$(shell date +%Y%m%d-%H%M%S).csv
+	mkdir -p $(FOLDER)
+	OMP_NUM_THREADS=1 $(BIN)/dino-scale bench kernels --device cpu --turns 7 --out $(FOLDER)/kernels_cpu.csv
+	OMP_NUM_THREADS=1 $(BIN)/dino-scale bench kernels --compiled --out $(FOLDER)/kernels_compiled.csv
+	OMP_NUM_THREADS=1 $(BIN)/dino-scale bench step --device cpu --out $(FOLDER)/step_profile_cpu.csv
+ifeq ($(SHARDS),)
+	$(BIN)/python -c 'import pathlib, data_pipeline.synthetic as drawn; drawn.write_synthetic(pathlib.Path("$(FOLDER)/raw"), "objects", 0, 200, 1)'
+	$(BIN)/dino-scale pack --annotations $(FOLDER)/raw/train.json --images $(FOLDER)/raw/train/images --out $(FOLDER)/shards
+endif
+	OMP_NUM_THREADS=1 $(BIN)/dino-scale bench loader $(or $(SHARDS),$(FOLDER)/shards) --out $(FOLDER)/loader.json
 
 demo: $(STAMP)
 	$(BIN)/dino-scale demo
