@@ -1,6 +1,6 @@
 """Saving as a user meets it: by time, on a signal, the best apart; a resumed run ends with the very same checkpoint.
 
-One small chain in one process, run undisturbed and then stopped, looked at and resumed.
+One small chain in one process, in bf16 as is the default, run undisturbed and then stopped, looked at and resumed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ stages:
     schedule: {{steps: 20, warmup_steps: 3, drop_at: [0.75]}}
     checkpoint: {{every_steps: 0, keep_last: 2, keep_best: true}}
     evaluation: {{every_steps: 5}}
-    precision: fp32
+    precision: bf16
     ema_decay: 0.9
     log_every_steps: 1
 """
