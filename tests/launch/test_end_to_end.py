@@ -46,6 +46,7 @@ stages:
     extends: {configs}/stage/small_images.yaml
     data: {{train: {shards}, validation: {shards}, loader_workers: 0}}
     start: {{stage: first}}
+    augmentation: {{scales: [112, 144], max_size: 176, crop: 0.0}}
     batch: {{global_size: 4, microbatch: 2}}
     optimizer: {{learning_rate: 1e-3, backbone_learning_rate: 1e-3, clip_norm: 0.5}}
     schedule: {{steps: 9}}
@@ -83,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(folder: Path) -> Path:
     """A finished run of the chain under Ray with two workers."""
     run = folder / "undisturbed"
-    succeed("train", folder / "chain.yaml", "--run-dir", run)
+    (folder / "undisturbed.txt").write_text(succeed("train", folder / "chain.yaml", "--run-dir", run))
     return run
 
 
@@ -145,7 +146,7 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def test_a_finished_run_has_everything(undisturbed: Path) -> None:
+def test_a_finished_run_has_everything(undisturbed: Path, folder: Path) -> None:
     state = json.loads((undisturbed / "chain.json").read_text())
     assert {name: stage["state"] for name, stage in state["stages"].items()} == {"first": "done", "second": "done"}
     for stage, steps in STEPS.items():
@@ -155,6 +156,8 @@ def test_a_finished_run_has_everything(undisturbed: Path) -> None:
         assert kept == [f"step_{step:08d}" for step in (steps - 3, steps)]
     transfer = (undisturbed / "second" / "transfer.txt").read_text().splitlines()
     assert len(transfer) == 80 and "person <- person" in transfer
+    printed = (folder / "undisturbed.txt").read_text()
+    assert all(f"second: {line}\n" in printed for line in transfer)
     report = (undisturbed / "report.html").read_text()
     assert "second" in report and "data:image/" in report
 
@@ -240,11 +243,13 @@ def test_ctrl_c_then_a_killed_driver_and_a_torn_checkpoint_end_with_the_same_wei
     states = [stage["state"] for stage in json.loads((run / "chain.json").read_text())["stages"].values()]
     assert "interrupted" in states
     kill_driver(start(["resume", run]), run / "second" / "checkpoints" / "step_00000006")
+    finished = (run / "first" / "weights.safetensors").stat().st_mtime_ns
     before, newest = sorted((run / "second" / "checkpoints").glob("step_*"))[-2:]
     shard = newest / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
     output = succeed("resume", run)
     assert "truncated" in output and f"using {before.name} instead" in output
+    assert (run / "first" / "weights.safetensors").stat().st_mtime_ns == finished, "a finished stage was done again"
     for stage in STEPS:
         assert losses(run, stage) == losses(undisturbed, stage)
         assert_same_weights(run, undisturbed, stage)
