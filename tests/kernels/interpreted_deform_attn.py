@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.deform_attn import tuning
+from kernels.deform_attn import triton_backward, tuning
+from tests.support import attention_properties
 from tests.support.attention_cases import Case, assert_close, check_against_double, gradients, make_case
 
 
@@ -105,6 +106,29 @@ def test_exact_cells_and_borders() -> None:
     assert grad_offsets[0, 2:5, 0, 0, 0, 0].tolist() == [9.0, 90.0, -1000.0]
 
 
+def test_is_linear_in_value_with_the_right_adjoint() -> None:
+    attention_properties.linear_in_value_with_the_right_adjoint("triton", levels=2, heads=1, points=2, channels=8)
+
+
+def test_constant_maps_give_the_constant_inside() -> None:
+    attention_properties.constant_maps_give_the_constant_inside("triton", levels=2, heads=1, points=2, channels=8)
+
+
+def test_queries_are_independent() -> None:
+    attention_properties.queries_are_independent("triton", levels=2, heads=1, points=2, channels=8)
+
+
+def test_moving_map_and_samples_together_changes_nothing() -> None:
+    attention_properties.moving_map_and_samples_together_changes_nothing("triton", heads=1)
+
+
+@pytest.mark.parametrize("channels", [8, 9])
+def test_every_number_of_every_result_is_written(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a head size that fills no whole block, and more queries than a whole number of programs."""
+    sizes = {"levels": 2, "heads": 1, "points": 3, "channels": channels, "queries": 33}
+    attention_properties.every_number_of_every_result_is_written("triton", monkeypatch, **sizes)
+
+
 def test_inputs_need_not_be_contiguous() -> None:
     case = make_case(levels=2, heads=2, box=True)
     strided = Case(
@@ -130,6 +154,10 @@ def test_more_than_two_to_the_31_cells() -> None:
     offsets, logits = torch.zeros(2, 1, heads, 1, 1, 2), torch.zeros(2, 1, heads, 1)
     output = Case(value, offsets, logits, corner, ((height, width),)).run("triton")
     assert output[0].eq(0).all() and (output[1] - 3).abs().max() < 0.01
+
+
+def test_gradients_of_more_than_two_to_the_31_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention_properties.gradients_of_more_than_two_to_the_31_numbers(triton_backward.backward, monkeypatch)
 
 
 def test_levels_it_cannot_take_are_named() -> None:

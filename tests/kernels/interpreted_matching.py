@@ -77,6 +77,33 @@ def test_more_rows_than_are_read_at_once() -> None:
     check_assignment(np.random.default_rng(0).random((70, 200)))
 
 
+def test_as_many_targets_as_the_densest_images_of_objects365() -> None:
+    check_assignment(np.random.default_rng(1).random((300, 900)))
+
+
+@pytest.mark.slow
+def test_many_targets_and_collapsed_predictions() -> None:
+    """Nearly the same costs for all 900 queries: the longest paths, and hundreds of steps for most targets."""
+    source = np.random.default_rng(1)
+    check_assignment(source.random((100, 1)) + source.random((1, 900)) + 1e-3 * source.random((100, 900)))
+
+
+def test_every_index_and_cost_is_written() -> None:
+    """In deterministic mode torch fills new memory with NaN or the largest integer."""
+    arguments = draw([5, 0, 9])
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        chosen = match_on_device(*arguments, **WEIGHTS, broken_cost=BROKEN_COST)
+        image = torch.tensor([0] * 5 + [2] * 9, dtype=torch.int32)
+        costs = matching_costs(*arguments[:4], image, **WEIGHTS, broken_cost=BROKEN_COST)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(chosen, match(*arguments, **WEIGHTS))
+    assert costs.matrix.isfinite().all() and torch.equal(costs.minimum, costs.matrix.amin(-1))
+    assert torch.equal(costs.cheapest.long(), costs.matrix.argmin(-1))
+
+
 @pytest.mark.parametrize("counts", [[5, 2, 9], [1], [0, 3, 0], [20, 1]])
 def test_equals_the_matcher_of_the_cpu(counts: list[int]) -> None:
     arguments = draw(counts)

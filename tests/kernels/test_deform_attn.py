@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.deform_attn import op
+from kernels.deform_attn import cpu, op
+from tests.support import attention_properties
 from tests.support.attention_cases import Case, assert_close, check_against_double, gradients, make_case
 
 DATA = Path(__file__).parents[1] / "data"
@@ -21,9 +22,26 @@ DATA = Path(__file__).parents[1] / "data"
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 @pytest.mark.parametrize("box", [False, True])
-@pytest.mark.parametrize("channels", [8, 12, 16, 32, 64])
+@pytest.mark.parametrize("channels", [8, 9, 12, 16, 30, 32, 64])
 def test_equals_float64_for_every_head_size(channels: int, box: bool, impl: str) -> None:
     check_against_double(make_case(channels=channels, box=box), 1e-5, impl)
+
+
+def test_more_than_two_to_the_31_numbers() -> None:
+    """Offsets of 64 bits. Sparse memory: of these 8.6 GB only the touched pages exist."""
+    height, width, heads, channels = 4096, 4112, 8, 8
+    cells = height * width
+    assert 2 * cells * heads * channels > 2**31
+    value = torch.from_numpy(np.zeros((2, cells, heads, channels), np.float32))
+    value[1, -1] = 3.0
+    corner = torch.tensor([[[[(width - 0.5) / width, (height - 0.5) / height]]]]).expand(2, 1, 1, 2)
+    offsets, logits = torch.zeros(2, 1, heads, 1, 1, 2), torch.zeros(2, 1, heads, 1)
+    output = Case(value, offsets, logits, corner, ((height, width),)).run("cpu")
+    assert output[0].eq(0).all() and (output[1] - 3).abs().max() < 0.01
+
+
+def test_gradients_of_more_than_two_to_the_31_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention_properties.gradients_of_more_than_two_to_the_31_numbers(cpu.backward, monkeypatch)
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4, 5])
@@ -119,32 +137,28 @@ def test_exact_cells_and_borders(impl: str) -> None:
     assert grad_offsets[0, 2:5, 0, 0, 0, 0].tolist() == [9.0, 90.0, -1000.0]
 
 
-def test_is_linear_in_value_with_the_right_adjoint() -> None:
-    case = make_case(channels=32, box=True)
-    direction, grad = torch.randn_like(case.value), torch.randn(2, 13, 96)
-    pushed = replace(case, value=direction).run()
-    assert_close(replace(case, value=2 * case.value + direction).run(), 2 * case.run() + pushed, 1e-6)
-    pulled = gradients(case, "cpu", grad)[1]
-    assert torch.allclose((grad * pushed).sum(), (pulled * direction).sum(), rtol=1e-4)
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_is_linear_in_value_with_the_right_adjoint(impl: str) -> None:
+    attention_properties.linear_in_value_with_the_right_adjoint(impl, channels=32)
 
 
-def test_constant_maps_give_the_constant_inside() -> None:
-    case = make_case()
-    inside = replace(case, value=torch.full_like(case.value, 3.0), offsets=torch.zeros_like(case.offsets))
-    middle = torch.full_like(case.reference_points, 0.5)
-    assert torch.allclose(replace(inside, reference_points=middle).run(), torch.tensor(3.0))
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_constant_maps_give_the_constant_inside(impl: str) -> None:
+    attention_properties.constant_maps_give_the_constant_inside(impl)
 
 
 def test_queries_are_independent() -> None:
-    case = make_case(queries=17)
-    order = torch.randperm(17)
-    shuffled = replace(
-        case,
-        offsets=case.offsets[:, order],
-        logits=case.logits[:, order],
-        reference_points=case.reference_points[:, order],
-    )
-    assert torch.equal(shuffled.run(), case.run()[:, order])
+    attention_properties.queries_are_independent("cpu")
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_moving_map_and_samples_together_changes_nothing(impl: str) -> None:
+    attention_properties.moving_map_and_samples_together_changes_nothing(impl)
+
+
+@pytest.mark.parametrize("box", [False, True])
+def test_every_number_of_every_result_is_written(box: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention_properties.every_number_of_every_result_is_written("cpu", monkeypatch, box=box)
 
 
 def test_result_is_bit_identical_over_repeats_and_thread_counts() -> None:
@@ -246,29 +260,3 @@ def test_automatic_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None
         make_case().run("auto")
         make_case().run("reference")
     assert [record.message for record in caplog.records] == ["deformable attention on cpu runs the cpu implementation"]
-
-
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
-def test_moving_map_and_samples_together_changes_nothing(impl: str) -> None:
-    """A map moved by two rows and three columns inside zeros, sampled three to the right and two below."""
-    draw = torch.Generator().manual_seed(0)
-    inner = torch.randn(2, 5, 6, 2, 8, generator=draw)
-    value, moved = torch.zeros(2, 12, 14, 2, 8), torch.zeros(2, 12, 14, 2, 8)
-    value[:, 3:8, 3:9], moved[:, 5:10, 6:12] = inner, inner
-    offsets = torch.randn(2, 9, 2, 1, 4, 2, generator=draw) * 2
-    logits, middle = torch.randn(2, 9, 2, 4, generator=draw), torch.full((2, 9, 1, 2), 0.45)
-    still = Case(value.flatten(1, 2), offsets, logits, middle, ((12, 14),))
-    together = replace(still, value=moved.flatten(1, 2), offsets=offsets + torch.tensor([3.0, 2.0]))
-    assert still.run(impl).abs().sum() > 1
-    assert_close(together.run(impl), still.run(impl).double(), 1e-5)
-
-
-@pytest.mark.parametrize("box", [False, True])
-def test_every_number_of_every_result_is_written(box: bool) -> None:
-    """In deterministic mode torch fills new memory with NaN."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        check_against_double(make_case(box=box), 1e-5)
-    finally:
-        torch.use_deterministic_algorithms(False)

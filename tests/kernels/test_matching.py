@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from kernels.matching import match, op
 from kernels.matching.reference import match_reference, matching_cost
@@ -207,6 +208,51 @@ def test_compiles_without_a_graph_break(dynamic: bool) -> None:
         (expected,) = torch.autograd.grad(loss(logits, boxes, labels, target_boxes, counts), logits)
         (actual,) = torch.autograd.grad(compiled(logits, boxes, labels, target_boxes, counts), logits)
         assert torch.allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_checkpointing_gives_the_same_gradients() -> None:
+    """The matching runs again in the backward pass and must choose the same."""
+
+    def loss(logits: Tensor, boxes: Tensor, labels: Tensor, target_boxes: Tensor) -> Tensor:
+        chosen = match(logits.detach(), boxes, labels, target_boxes, [5, 3], **WEIGHTS)
+        return (logits.sigmoid().sum(-1).flatten(1).gather(1, chosen) ** 2).sum()
+
+    logits, boxes, labels, target_boxes, _ = draw([5, 3])
+    logits.requires_grad_()
+    arguments = (logits, boxes, labels, target_boxes)
+    (plain,) = torch.autograd.grad(loss(*arguments), logits)
+    (saved,) = torch.autograd.grad(checkpoint(loss, *arguments, use_reentrant=False), logits)
+    assert torch.equal(saved, plain) and plain.count_nonzero() > 0
+
+
+def test_takes_what_autocast_gives() -> None:
+    """Logits of a projection under autocast are bfloat16; the costs are float32 whatever autocast says."""
+    torch.manual_seed(0)
+    to_logits, queries = torch.nn.Linear(16, 7), torch.randn(3, 2, 20, 16)
+    _, boxes, labels, target_boxes, counts = draw([5, 3])
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = to_logits(queries)
+        chosen = match(logits, boxes, labels, target_boxes, counts, **WEIGHTS)
+    assert logits.dtype == torch.bfloat16 and not chosen.requires_grad
+    assert torch.equal(chosen, match(logits.float(), boxes, labels, target_boxes, counts, **WEIGHTS))
+
+
+class Matcher(torch.nn.Module):
+    def forward(self, logits: Tensor, boxes: Tensor, labels: Tensor, target_boxes: Tensor) -> Tensor:
+        return match(logits * 2, boxes, labels, target_boxes, [5, 3], **WEIGHTS)
+
+
+def test_exports_as_one_node_for_any_number_of_queries() -> None:
+    queries = torch.export.Dim("queries", min=8, max=100)
+    *arguments, _ = draw([5, 3])
+    program = torch.export.export(Matcher(), tuple(arguments), dynamic_shapes=({2: queries}, {2: queries}, None, None))
+    # Under no_grad, which export keeps as a graph of its own inside the graph.
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    targets = [str(node.target) for graph in graphs for node in graph.nodes]
+    assert len([target for target in targets if "dino_scale.match" in target]) == 1
+    for number in (20, 31):
+        *arguments, _ = draw([5, 3], queries=number)
+        assert torch.equal(program.module()(*arguments), Matcher()(*arguments))
 
 
 def test_every_index_is_written() -> None:

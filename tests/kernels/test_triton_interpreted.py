@@ -15,7 +15,17 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("part", ["deform_attn", "windowed", "matching"])
 def test_interpreted(part: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/interpreted_{part}.py"]
+    run(part, "not slow")
+
+
+@pytest.mark.slow
+def test_interpreted_slowly() -> None:
+    run("matching", "slow")
+
+
+def run(part: str, marks: str) -> None:
+    tests = f"tests/kernels/interpreted_{part}.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, tests]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-20_000:] + result.stderr

@@ -18,9 +18,14 @@ class Case:
     reference_points: Tensor
     level_shapes: tuple[tuple[int, int], ...]
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.value, self.offsets, self.logits, self.reference_points
+
     def double(self) -> Case:
-        tensors = (self.value, self.offsets, self.logits, self.reference_points)
-        return Case(*(tensor.double() for tensor in tensors), level_shapes=self.level_shapes)
+        return Case(*(tensor.double() for tensor in self.tensors()), level_shapes=self.level_shapes)
+
+    def to(self, device: str) -> Case:
+        return Case(*(tensor.to(device) for tensor in self.tensors()), level_shapes=self.level_shapes)
 
     def run(self, impl: str = "cpu") -> Tensor:
         return deform_attn(self.value, self.offsets, self.logits, self.reference_points, self.level_shapes, impl)
@@ -75,14 +80,15 @@ def assert_close(actual: Tensor, expected: Tensor, bound: float) -> None:
     assert difference <= bound * expected.double().norm() + 1e-12, f"{difference / expected.double().norm():.2e}"
 
 
-def check_against_double(case: Case, bound: float, impl: str = "cpu") -> None:
+def check_against_double(case: Case, bound: float, impl: str = "cpu", device: str = "cpu") -> None:
+    """Computed on `device`, compared on the CPU."""
     grad = torch.randn(case.offsets.shape[0], case.offsets.shape[1], case.value.shape[2] * case.value.shape[3])
     # The gradient arrives rounded to the dtype of the output.
     grad = grad.to(case.value.dtype).float()
-    actual = gradients(case, impl, grad)
+    actual = gradients(case.to(device), impl, grad.to(device))
     expected = gradients(case.double(), "reference", grad)
     for computed, exact, source in zip(
         actual, expected, (case.value, case.value, case.offsets, case.logits), strict=True
     ):
         assert computed.dtype == source.dtype
-        assert_close(computed, exact, bound)
+        assert_close(computed.cpu(), exact, bound)
