@@ -29,7 +29,7 @@ except RuntimeError as error:  # numba found no folder it may write
 
 
 READS_WORTH_SORTING = 4  # samples per cell and head
-BANDS = 16
+BANDS = 16  # of a map, to order queries in
 
 
 def forward(value: Tensor, offsets: Tensor, logits: Tensor, reference_points: Tensor, sizes: list[int]) -> Tensor:
@@ -118,9 +118,14 @@ def _inputs(
 
 
 def _order(reference_points: Tensor) -> Any:
-    """(B * Q,) int64: flat query indices, within each image in an order of neighbours."""
+    """(B * Q,) int64: flat query indices, within each image along bands of the map, to and fro.
+
+    So a query finds in the cache the cells that those before it have read.
+    """
     batch, queries = reference_points.shape[:2]
     first = reference_points[:, :, 0].detach().numpy()
-    band = np.floor(first[..., 1] * BANDS)
-    nearby = np.argsort(2 * band + np.where(band % 2 == 0, first[..., 0], 1 - first[..., 0]))
+    with np.errstate(invalid="ignore", over="ignore"):  # broken references have no neighbours: any place will do
+        band = np.floor(first[..., 1] * BANDS)
+        along = 2 * band + np.where(band % 2 == 0, first[..., 0], 1 - first[..., 0])
+    nearby = np.argsort(along, kind="stable")
     return (nearby + queries * np.arange(batch)[:, None]).reshape(-1)

@@ -84,6 +84,21 @@ def add(typing: Any, array: Any, index: Any, line: Any) -> Any:
 
 
 @intrinsic
+def prefetch(typing: Any, array: Any, index: Any) -> Any:
+    """Asks for the line of a contiguous array that starts at `index`, without waiting for it."""
+    number = ir.IntType(32)
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.bitcast(_place(context, builder, array, _line_of(array.dtype), arguments), cgutils.voidptr_t)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [place, number(0), number(3), number(1)])  # to read; into the nearest cache; data
+        return context.get_dummy_value()
+
+    return types.void(array, index), emit
+
+
+@intrinsic
 def spread(typing: Any, number: Any) -> Any:
     """The same number in every lane."""
     line = _line_of(number)
