@@ -258,7 +258,7 @@ def _repeated(annotations: Annotations) -> tuple[NDArray[np.int64], NDArray[np.b
 def _note_boxes(
     annotations: Annotations, kind: str, image: NDArray[np.int64], rows: NDArray[np.int64], findings: Findings
 ) -> None:
-    for row in rows.tolist():
+    for row in rows:  # as a list they would be Python objects all at once
         file, number = annotations.file_names[image[row]], int(annotations.annotation_ids[row])
         findings.mended(Repair(kind, file, "annotation", number, f"bbox {annotations.boxes[row].tolist()}"))
 
