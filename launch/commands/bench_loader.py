@@ -41,7 +41,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 def line(row: Row) -> str:
     figure = f"{row.what}; {row.way}: {row.value:.4g} {row.unit}"
-    return figure if row.ratio is None else f"{figure}, {row.ratio:.2f} times cheaper than {row.against}"
+    return (
+        figure
+        if row.ratio is None or row.way == row.against
+        else f"{figure}, {row.ratio:.2f} times cheaper than {row.against}"
+    )
 
 
 def _ratio(row: Row) -> str:
