@@ -110,7 +110,7 @@ def _places(
     order = np.argsort(known)
     places = order[np.searchsorted(known[order], wanted).clip(max=len(known) - 1)]
     there = known[places] == wanted
-    for row in np.flatnonzero(~there).tolist():
+    for row in np.flatnonzero(~there):
         if int(wanted[row]) not in elements.refused[kind]:
             text = (
                 f"{elements.path}: annotation {annotations[row]}: {kind}_id is {wanted[row]}, an unknown {kind} id: "
@@ -163,7 +163,7 @@ def _mend_areas(found: Annotations, findings: Findings) -> Annotations:
     areas = found.areas.copy()
     areas[missing] = found.boxes[missing, 2] * found.boxes[missing, 3]
     images = np.searchsorted(found.box_offsets, missing, side="right") - 1
-    for row, image in zip(missing.tolist(), images.tolist(), strict=True):
+    for row, image in zip(missing, images, strict=True):  # as lists they would be Python objects all at once
         what, number = f"{areas[row]}, width x height", int(found.annotation_ids[row])
         findings.mended(Repair("areas_from_boxes", found.file_names[image], "annotation", number, what))
     return replace(found, areas=areas)

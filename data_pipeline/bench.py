@@ -3,38 +3,39 @@ interleaved repetitions: wall time would measure the neighbours on a shared mach
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
 
-from data_pipeline.categories import objects365_categories
-from data_pipeline.collate import Sample, collate
-from data_pipeline.index import BOX_COLUMNS, SAMPLE_COLUMNS, Index
-from data_pipeline.loader import StreamMode
-from data_pipeline.manifest import FileEntry, Manifest
-from data_pipeline.order import Draws, SampleStream, Stream
+from data_pipeline.bench_memory import large_index, packing_memory
+from data_pipeline.bench_official import official_batch
+from data_pipeline.collate import collate
+from data_pipeline.decode import encode_jpeg
+from data_pipeline.index import Index, ground_truth
+from data_pipeline.loader import StreamMode, TrainingPreparation
+from data_pipeline.order import Draws, SampleStream, Stream, WindowedStream
+from data_pipeline.pack import pack
 from data_pipeline.reader import Reader
 from data_pipeline.size_order import SizePlannedStream
-from data_pipeline.transforms import Plan, apply_to_image, sample_plan
+from data_pipeline.transforms import Plan, Resize, apply_to_image, sample_plan
 from dino_scale.config.schema import AugmentationConfig
 
 REPEATS = 5
 READS = 2000  # samples read as bytes, at least
 SIZES = 8192  # images whose padding is planned: a small dataset counts several times
 LARGE = 1_800_000  # samples of Objects365 with most of its validation set
-BOXES_PER_IMAGE = 14
-_MEAN, _STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+PACKED_BOXES = 2_000_000
+MICROBATCH = 4
+_SHARD = 512  # images of a shard where padding is planned
+_ORDERS: tuple[StreamMode, ...] = ("permutation", "windowed", "size_planned")
 
 # Plain webdataset as a user would write it. In a process of its own: ours forbids it to open anything.
 _STREAM = """
@@ -43,80 +44,48 @@ begin = time.process_time()
 count = sum(len(row[0]) > 0 for row in webdataset.WebDataset(sys.argv[1:], shardshuffle=False).to_tuple("jpg", "json"))
 print(time.process_time() - begin, count)
 """
-# What one loader process holds: opens the index, begins an epoch, looks at some samples.
-_WORKER = """
-import sys, time
-from data_pipeline.index import Index
-from data_pipeline.order import SampleStream
-
-def private():  # pages of the mapped columns are the system's cache, shared and given up when memory is short
-    rows = dict(line.split(":", 1) for line in open("/proc/self/smaps_rollup").read().splitlines()[1:])
-    return int(rows["Private_Dirty"].split()[0]) / 1024
-
-before, begin = private(), time.perf_counter()
-index = Index.open(sys.argv[1])
-first = SampleStream(len(index), 0).take(0, 1)
-seconds = time.perf_counter() - begin
-stream = SampleStream(len(index), 0)
-for sample, _ in stream.take(0, 2000):
-    index.size(sample), index.boxes(sample).boxes.sum()
-print(seconds, private() - before)
-"""
 
 
 @dataclass(frozen=True)
-class LoaderCosts:
-    """Ratios are how many times cheaper ours is. padding: padded over real pixels less 1, by order and microbatch."""
+class Row:
+    """One figure. ratio: how many times cheaper than `against`; None where there is nothing beside it."""
 
-    images: int
-    raw_microseconds: float  # with the checksum of every image
-    unchecked_microseconds: float
-    webdataset_microseconds: float
-    raw_ratio: float
-    unchecked_ratio: float
-    fast_milliseconds: float
-    official_milliseconds: float
-    fast_ratio: float
-    padding: dict[str, dict[int, float]]
-    large_samples: int
-    start_seconds: float
-    worker_megabytes: float
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
+    what: str
+    way: str
+    value: float
+    unit: str
+    ratio: float | None = None
+    against: str = ""
 
 
-def measure_loader(folder: Path, images: int, tell: Callable[[str], None]) -> LoaderCosts:
-    """All figures for a packed dataset; the first `images` samples are decoded. tell: told what is being measured."""
+def measure_loader(folder: Path, images: int, tell: Callable[[str], None]) -> Iterator[Row]:
+    """All figures for a packed dataset, one after another; the first `images` samples are decoded.
+
+    tell: told what is being measured.
+    """
     index = Index.open(folder)
     count = min(images, len(index))
     tell("reading bytes: index + pread against plain webdataset")
-    raw, unchecked, plain = _interleaved(
-        [lambda: _raw(index, True), lambda: _raw(index, False), lambda: _webdataset(index)]
-    )
-    tell(f"decoding and augmenting {count} images: fast against the official chain")
-    fast, official = _interleaved([lambda: _fast(index, count), lambda: _official(index, count)])
+    yield from _reading(index)
+    tell(f"decoding and augmenting {count} images: ours against the official chain")
+    yield from _whole_path(index, count, f"{count} images as they are")
+    with tempfile.TemporaryDirectory() as name:
+        tell(f"the same at 640x480: {count} images are drawn")
+        drawn = draw_at(index, count, 640, 480, Path(name))
+        yield from _whole_path(drawn, count, f"{count} images at 640x480")
     tell("padding of the orders")
-    orders: tuple[StreamMode, ...] = ("permutation", "size_planned")
-    padding: dict[str, dict[int, float]] = {
-        order: {size: _padding(index, order, size) for size in (2, 4, 8)} for order in orders
-    }
+    for order in _ORDERS:
+        for size in (2, 4, 8):
+            yield Row(f"padded pixels over real ones, microbatch {size}", order, 100 * padding(index, order, size), "%")
     tell(f"a worker on an index of {LARGE} samples")
-    seconds, megabytes = _large_index()
-    return LoaderCosts(
-        images=count,
-        raw_microseconds=raw * 1e6,
-        unchecked_microseconds=unchecked * 1e6,
-        webdataset_microseconds=plain * 1e6,
-        raw_ratio=plain / raw,
-        unchecked_ratio=plain / unchecked,
-        fast_milliseconds=fast / count * 1e3,
-        official_milliseconds=official / count * 1e3,
-        fast_ratio=official / fast,
-        padding=padding,
-        large_samples=LARGE,
-        start_seconds=seconds,
-        worker_megabytes=megabytes,
+    seconds, added, whole = large_index(LARGE)
+    what = f"index of {LARGE} samples"
+    yield Row(what, "to open it and begin an epoch", seconds, "s")
+    yield Row(what, "memory that this adds to a process", added, "MB")
+    yield Row(what, "PSS of that process, libraries included", whole, "MB")
+    tell(f"packing {PACKED_BOXES} boxes")
+    yield Row(
+        f"pack, {PACKED_BOXES} boxes", "peak memory of the process", packing_memory(PACKED_BOXES), "bytes per box"
     )
 
 
@@ -124,6 +93,16 @@ def _interleaved(measures: list[Callable[[], float]]) -> list[float]:
     """The least CPU seconds of each, the measures taking turns."""
     rounds = [[measure() for measure in measures] for _ in range(REPEATS)]
     return [min(times) for times in zip(*rounds, strict=True)]
+
+
+def _reading(index: Index) -> Iterator[Row]:
+    raw, unchecked, plain = _interleaved(
+        [lambda: _raw(index, True), lambda: _raw(index, False), lambda: _webdataset(index)]
+    )
+    what, usual = "bytes and boxes of a sample", "plain webdataset, streamed"
+    yield Row(what, "index + pread, checksum verified", raw * 1e6, "us", plain / raw, usual)
+    yield Row(what, "index + pread, checksum not verified", unchecked * 1e6, "us", plain / unchecked, usual)
+    yield Row(what, usual, plain * 1e6, "us", 1.0, usual)
 
 
 def _passes(index: Index) -> int:
@@ -153,47 +132,63 @@ def _webdataset(index: Index) -> float:
     return float(output[0]) / int(output[1])
 
 
-def _fast(index: Index, count: int) -> float:
-    """As the loader does it: libjpeg-turbo, uint8, padded to microbatches of 4."""
+def _whole_path(index: Index, count: int, images: str) -> Iterator[Row]:
+    fast, official = _interleaved([lambda: _ours(index, count), lambda: _official(index, count)])
+    what, usual = f"decode, augment, targets, collate: {images}", "official chain, Pillow, float32"
+    yield Row(what, "ours, uint8", fast / count * 1e3, "ms", official / fast, usual)
+    yield Row(what, usual, official / count * 1e3, "ms", 1.0, usual)
+
+
+def _ours(index: Index, count: int) -> float:
+    """As the loader does it: libjpeg-turbo, uint8, targets and all; CPU seconds."""
     begin = time.process_time()
-    reader = Reader(index)
-    for start in range(0, count, 4):
-        collate([_sample(index, reader, sample) for sample in range(start, min(start + 4, count))])
+    reader, preparation = Reader(index), TrainingPreparation(0, AugmentationConfig())
+    for start in range(0, count, MICROBATCH):
+        samples = range(start, min(start + MICROBATCH, count))
+        collate([preparation.sample(reader, sample, 0) for sample in samples])
     return time.process_time() - begin
-
-
-def _sample(index: Index, reader: Reader, sample: int) -> Sample:
-    plan = _plan(index, sample)
-    boxes = np.zeros((0, 4))
-    image = apply_to_image(reader.image(sample), plan)
-    return Sample(image, boxes, np.zeros(0, dtype=np.int32), index.size(sample), sample, 0)
 
 
 def _official(index: Index, count: int) -> float:
-    """The official chain: Pillow decodes and resizes, then float32, normalised and padded on the CPU."""
     begin = time.process_time()
     reader = Reader(index)
-    for start in range(0, count, 4):
-        images = []
-        for sample in range(start, min(start + 4, count)):
-            with Image.open(io.BytesIO(reader.image_bytes(sample))) as picture:
-                pixels = np.array(picture.convert("RGB"))
-            scaled = apply_to_image(pixels, _plan(index, sample), "reference").float().div_(255)
-            images.append((scaled - _MEAN[:, None, None]) / _STD[:, None, None])
-        height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
-        batch = torch.zeros(len(images), 3, height, width)
-        for place, image in zip(batch, images, strict=True):
-            place[:, : image.shape[1], : image.shape[2]] = image
+    for start in range(0, count, MICROBATCH):
+        samples = range(start, min(start + MICROBATCH, count))
+        official_batch(reader, samples, [plan_of(index, sample) for sample in samples])
     return time.process_time() - begin
 
 
-def _plan(index: Index, sample: int) -> Plan:
+def plan_of(index: Index, sample: int) -> Plan:
     height, width = index.size(sample)
     return sample_plan(width, height, AugmentationConfig(), Draws(0, 0, sample))
 
 
-def _padding(index: Index, order: StreamMode, microbatch: int) -> float:
-    """Of an epoch of SIZES images with the sizes of these."""
+def draw_at(index: Index, count: int, width: int, height: int, folder: Path) -> Index:
+    """The first samples with their boxes, drawn anew at one size and packed: what they show is what decoding costs."""
+    (folder / "images").mkdir()
+    reader, truth = Reader(index), ground_truth(index)
+    scale = {}
+    for sample in range(count):
+        pixels = apply_to_image(
+            reader.image(sample), Plan(False, (Resize(height, width),), (height, width)), "reference"
+        )
+        jpeg = encode_jpeg(pixels.permute(1, 2, 0).numpy())
+        (folder / f"images/{index.image_id(sample)}.jpg").write_bytes(jpeg)
+        high, wide = index.size(sample)
+        scale[index.image_id(sample)] = np.array([width / wide, height / high] * 2)
+    rows = [row for row in truth["annotations"] if row["image_id"] in scale]
+    content = {
+        "categories": truth["categories"],
+        "images": [{"id": number, "file_name": f"{number}.jpg", "width": width, "height": height} for number in scale],
+        "annotations": [{**row, "bbox": (np.array(row["bbox"]) * scale[row["image_id"]]).tolist()} for row in rows],
+    }
+    (folder / "instances.json").write_text(json.dumps(content), encoding="utf-8")
+    pack(folder / "instances.json", [folder / "images"], folder / "shards")
+    return Index.open(folder / "shards")
+
+
+def padding(index: Index, order: StreamMode, microbatch: int) -> float:
+    """Padded pixels over real ones, less 1, of an epoch of SIZES images with the sizes of these."""
 
     def size_of(sample: int, epoch: int) -> tuple[int, int]:
         height, width = index.size(sample % len(index))
@@ -202,43 +197,7 @@ def _padding(index: Index, order: StreamMode, microbatch: int) -> float:
     stream: Stream = SampleStream(SIZES, 0)
     if order == "size_planned":
         stream = SizePlannedStream(SIZES, 0, microbatch, size_of)
+    elif order == "windowed":
+        stream = WindowedStream(SIZES, 0, lambda: np.arange(SIZES) // _SHARD)
     sizes = np.array([size_of(*pair) for pair in stream.take(0, SIZES)], dtype=np.int64).reshape(-1, microbatch, 2)
     return float((sizes.max(axis=1).prod(axis=1) * microbatch).sum() / sizes.prod(axis=2).sum() - 1)
-
-
-def _large_index() -> tuple[float, float]:
-    """(seconds to open and begin an epoch, private MB of a process), best of three, on an index of LARGE samples."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "large"
-        write_large_index(folder, LARGE)
-        found = []
-        for _ in range(3):
-            command = [sys.executable, "-c", _WORKER, str(folder)]
-            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
-            found.append((float(output[0]), float(output[1])))
-    return min(found)
-
-
-def write_large_index(folder: Path, samples: int) -> None:
-    """An index that opens, of images and shards that are not there (files with holes, so almost no disk is used)."""
-    (folder / "index").mkdir(parents=True)
-    boxes = samples * BOXES_PER_IMAGE
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
-        **{name: (dtype, (samples,)) for name, dtype in SAMPLE_COLUMNS.items()},
-        **{name: (dtype, (boxes,)) for name, dtype in BOX_COLUMNS.items()},
-        "boxes": ("<f8", (boxes, 4)),
-        "file_names": ("|S44", (samples,)),
-        "box_offsets": ("<i8", (samples + 1,)),
-    }
-    for name, (dtype, shape) in shapes.items():
-        column = np.lib.format.open_memmap(folder / f"index/{name}.npy", mode="w+", dtype=np.dtype(dtype), shape=shape)
-        if name in ("image_ids", "box_offsets"):
-            column[:] = np.arange(shape[0]) * (BOXES_PER_IMAGE if name == "box_offsets" else 1)
-        if name in ("widths", "heights"):
-            column[:] = 640
-        column.flush()
-    (folder / "shard-00000.tar").touch()
-    files = [f"index/{name}.npy" for name in sorted(shapes)]
-    entries = tuple(FileEntry(name, (folder / name).stat().st_size, "0" * 64) for name in files)
-    shard = FileEntry("shard-00000.tar", 0, "0" * 64)
-    Manifest(samples, boxes, objects365_categories(), (shard,), entries, {"format": "objects365"}, ()).write(folder)

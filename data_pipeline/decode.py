@@ -57,9 +57,15 @@ def _pillow_size(data: bytes) -> tuple[int, int]:
         raise DataError(f"is no readable image ({_one_line(error)}): replace or remove it") from None
 
 
-def decode(data: bytes) -> RGBImage:
-    """(H, W, 3) uint8 RGB. Raises DataError (message without a file name) where the bytes do not decode in full."""
-    if read_header(data).plain_jpeg:
+def decode(data: bytes, size: tuple[int, int] | None = None) -> RGBImage:
+    """(H, W, 3) uint8 RGB. Raises DataError (message without a file name) where the bytes do not decode in full.
+
+    size: the (H, W) that it must be; an image that claims another one is refused before a pixel is decoded.
+    """
+    header = read_header(data)
+    if size is not None and (header.height, header.width) != size:
+        raise DataError(f"is {header.width} x {header.height} pixels, not as indexed")
+    if header.plain_jpeg:
         try:
             return simplejpeg.decode_jpeg(data, colorspace="RGB")
         except ValueError:

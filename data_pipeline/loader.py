@@ -83,7 +83,7 @@ def training_microbatches(
         for step in range(first_step, last_step)
         for j, assignment in enumerate(deal(stream, batch, rank, world, step))
     )
-    dataset = _Microbatches(index, _Training(seed, augmentation), stream, pad_multiple)
+    dataset = _Microbatches(index, TrainingPreparation(seed, augmentation), stream, pad_multiple)
     microbatches = _load(dataset, tasks, loader_workers, on_bad, pin)
     for _ in range(first_step, last_step):
         yield [next(microbatches) for _ in range(accumulation)]
@@ -149,7 +149,9 @@ class _Preparation(Protocol):
 
 
 @dataclass(frozen=True)
-class _Training:
+class TrainingPreparation:
+    """A sample as training sees it: augmented by draws of (seed, epoch, sample), without crowd boxes."""
+
     seed: int
     augmentation: AugmentationConfig
 

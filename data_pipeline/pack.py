@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -127,7 +127,7 @@ def _write_shards(plan: Plan, partial: Path, source: Source) -> list[Receipt]:
     for task, receipt in zip(
         plan.shards, source.runner.map(write_shard, plan.tasks(str(partial), source)), strict=True
     ):
-        receipts.append(receipt)
+        receipts.append(replace(receipt, repairs=[]))  # they are in the list now
         plan.findings.mended_all(receipt.repairs)
         done += len(task)
         source.tell("writing shards", done, len(plan.order))

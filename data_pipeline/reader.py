@@ -77,12 +77,9 @@ class Reader:
         """(H, W, 3) uint8 pixels of a sample. Raises DataError naming shard, key and reason."""
         data = self.image_bytes(sample)
         try:
-            pixels = decode(data)
+            return decode(data, self.index.size(sample))
         except DataError as error:
             raise self._error(sample, str(error)) from None
-        if pixels.shape[:2] != self.index.size(sample):
-            raise self._error(sample, f"is {pixels.shape[1]} x {pixels.shape[0]} pixels, not as indexed")
-        return pixels
 
     @property
     def _shards_may_go(self) -> bool:

@@ -19,7 +19,7 @@ from dino_scale.errors import DataError
 
 HEADER_BYTES = 1 << 16  # enough for nearly every header; the whole file is read where it is not
 _CHUNK = 512  # images whose headers are read as one task
-_SORTED_TOGETHER = 1 << 16  # images whose boxes are compared at once
+_SORTED_TOGETHER = 1 << 18  # boxes that are compared at once, or those of one image
 _COLUMNS = ("root", "depth", "width", "height", "plain", "size", "modified")
 
 
@@ -244,9 +244,11 @@ def _repeated(annotations: Annotations) -> tuple[NDArray[np.int64], NDArray[np.b
     """(T,) place of each box's image, and (T,) whether an earlier box has the same image, class, coordinates, flags."""
     image = np.repeat(np.arange(len(annotations)), np.diff(annotations.box_offsets))
     repeated = np.zeros(len(image), dtype=bool)
-    for first in range(0, len(annotations), _SORTED_TOGETHER):  # all at once would take gigabytes
-        last = min(first + _SORTED_TOGETHER, len(annotations))
-        rows = slice(int(annotations.box_offsets[first]), int(annotations.box_offsets[last]))
+    first, offsets = 0, annotations.box_offsets
+    while first < len(annotations):  # all at once would take gigabytes
+        last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + _SORTED_TOGETHER, side="right")) - 1)
+        rows = slice(int(offsets[first]), int(offsets[last]))
+        first = last
         keys = np.column_stack(
             [image[rows], annotations.labels[rows], annotations.flags[rows], annotations.boxes[rows]]
         )  # fmt: skip
@@ -258,7 +260,7 @@ def _repeated(annotations: Annotations) -> tuple[NDArray[np.int64], NDArray[np.b
 def _note_boxes(
     annotations: Annotations, kind: str, image: NDArray[np.int64], rows: NDArray[np.int64], findings: Findings
 ) -> None:
-    for row in rows.tolist():
+    for row in rows:  # as a list they would be Python objects all at once
         file, number = annotations.file_names[image[row]], int(annotations.annotation_ids[row])
         findings.mended(Repair(kind, file, "annotation", number, f"bbox {annotations.boxes[row].tolist()}"))
 

@@ -58,11 +58,11 @@ def _loader(what: Any, add: AddCommand) -> None:
 
         run(options)
 
-    text = "reading, decoding and padding against the usual way, as ratios"
-    parser = add(what, "loader", text, "dino-scale bench loader shards/train", run)
+    text = "reading, decoding, padding and memory of the data path, against the usual way"
+    parser = add(what, "loader", text, "dino-scale bench loader shards/train --out loader.csv", run)
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder made by pack")
     parser.add_argument("--images", type=int, default=200, metavar="N", help="images to decode; default 200")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures here")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="new file")
 
 
 def _ladder(what: Any, add: AddCommand) -> None:

@@ -1,37 +1,70 @@
-"""`dino-scale bench loader`: what the data path costs on this machine, as ratios."""
+"""`dino-scale bench loader`: what the data path costs on this machine, as a CSV file."""
 
 from __future__ import annotations
 
 import argparse
+import csv
+import datetime
+import itertools
+import os
+import platform
+import subprocess
+from pathlib import Path
 
 from rich.console import Console
 
-from data_pipeline.bench import LoaderCosts, measure_loader
-from launch.run_folder import write_text
+from data_pipeline.bench import Row, measure_loader
+from dino_scale.errors import UserError
+
+_COLUMNS = ("date", "machine", "commit", "what", "way", "value", "unit", "ratio", "against")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.out.exists():
+        raise UserError(f"'{arguments.out}' exists: give a new file with --out")
+    if arguments.images < 1:
+        raise UserError(f"bench loader: --images is {arguments.images}: expected 1 or more")
     console = Console(highlight=False, soft_wrap=True)
-    costs = measure_loader(arguments.shards, arguments.images, lambda text: console.print(f"{text} ..."))
-    for line in lines(costs):
-        console.print(line)
-    if arguments.out is not None:
-        write_text(arguments.out, costs.to_json())
+    rows = measure_loader(arguments.shards, arguments.images, lambda text: console.print(f"{text} ..."))
+    today, machine = datetime.datetime.now(datetime.UTC).date().isoformat(), platform.machine()
+    start = (today, f"{machine}, {os.cpu_count()} CPUs", commit())
+    first = next(rows)  # before the file is made: the folder of shards may be wrong
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(_COLUMNS)
+        for row in itertools.chain([first], rows):
+            console.print(line(row), markup=False)
+            writer.writerow((*start, row.what, row.way, f"{row.value:.4g}", row.unit, _ratio(row), row.against))
+            file.flush()
 
 
-def lines(costs: LoaderCosts) -> list[str]:
-    found = [
-        f"reading, per sample: {costs.unchecked_microseconds:.0f} us, {costs.raw_microseconds:.0f} us with checksum; "
-        f"plain webdataset {costs.webdataset_microseconds:.0f} us: "
-        f"{costs.unchecked_ratio:.1f} times cheaper, {costs.raw_ratio:.1f} with checksum",
-        f"decoding, augmenting, padding, per image: {costs.fast_milliseconds:.1f} ms, the official chain "
-        f"{costs.official_milliseconds:.1f} ms: {costs.fast_ratio:.1f} times cheaper",
-    ]
-    for order, by_size in costs.padding.items():
-        parts = ", ".join(f"{share:.1%} at microbatch {size}" for size, share in by_size.items())
-        found.append(f"padding, order {order}: {parts}")
-    found.append(
-        f"index of {costs.large_samples} samples: {costs.start_seconds:.2f} s to start, "
-        f"{costs.worker_megabytes:.0f} MB of its own per process"
+def line(row: Row) -> str:
+    figure = f"{row.what}; {row.way}: {row.value:.4g} {row.unit}"
+    return (
+        figure
+        if row.ratio is None or row.way == row.against
+        else f"{figure}, {row.ratio:.2f} times cheaper than {row.against}"
     )
-    return found
+
+
+def _ratio(row: Row) -> str:
+    return "" if row.ratio is None else f"{row.ratio:.3f}"
+
+
+def commit() -> str:
+    """Of the checkout this runs from, with a + where files differ from it; empty outside of one."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--abbrev=12",
+        "--dirty=+",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,9 @@ from data_pipeline.pack import pack
 from data_pipeline.packing_plan import Selection
 from data_pipeline.tasks import LocalProcesses, Runner
 from dino_scale.training.control import Event, MessageEvent
+from launch.progress import duration
+
+LINE_SECONDS = 60.0  # between two lines about progress where there is no terminal
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -57,13 +61,16 @@ def _say(event: Event, console: Console) -> None:
 
 
 @contextmanager
-def phases(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars, one per phase in the order in which they are first told of."""
+def phases(console: Console, clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars, one per phase in the order in which they are first told of; a line a minute without a terminal."""
+    if not console.is_terminal:
+        yield _Lines(console, clock)
+        return
     columns: tuple[Any, ...] = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     tasks: dict[str, Any] = {}
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
 
         def tell(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
@@ -71,3 +78,19 @@ def phases(console: Console) -> Iterator[Callable[[str, int, int], None]]:
             bar.update(tasks[phase], completed=done, total=total)
 
         yield tell
+
+
+class _Lines:
+    """Says how far a phase is when LINE_SECONDS have gone by since the last line, or since the start."""
+
+    def __init__(self, console: Console, clock: Callable[[], float]) -> None:
+        self.console, self.clock = console, clock
+        self.begin = self.last = clock()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        now = self.clock()
+        if now - self.last < LINE_SECONDS:
+            return
+        self.last = now
+        share = f"{done / total:.0%}" if total else "all"
+        self.console.print(f"{phase}: {done} of {total} ({share}), {duration(now - self.begin)} since the start")

@@ -3,17 +3,26 @@
 import hashlib
 import os
 import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.collate import Sample, collate
 from data_pipeline.index import Index
-from data_pipeline.loader import _tells_of_a_dead_process, deal, evaluation_batches, training_microbatches
+from data_pipeline.loader import (
+    StreamMode,
+    _tells_of_a_dead_process,
+    deal,
+    evaluation_batches,
+    training_microbatches,
+)
 from data_pipeline.order import SampleStream, epoch_order
 from data_pipeline.reader import read_image
 from data_pipeline.transforms import resize_for_evaluation
@@ -35,7 +44,7 @@ def steps_of_rank(
     first: int,
     last: int,
     workers: int = 0,
-    order="permutation",
+    order: StreamMode = "permutation",
 ):
     return training_microbatches(
         index,
@@ -64,7 +73,13 @@ def fingerprints(batch: Batch) -> list[tuple[int, str]]:
 
 
 def run(
-    index: Index, batch: BatchConfig, world: int, first: int, last: int, workers: int = 0, order="permutation"
+    index: Index,
+    batch: BatchConfig,
+    world: int,
+    first: int,
+    last: int,
+    workers: int = 0,
+    order: StreamMode = "permutation",
 ) -> list[list]:
     """Fingerprints of every global step, ranks put together in order."""
     ranks = [steps_of_rank(index, batch, rank, world, first, last, workers, order) for rank in range(world)]
@@ -74,28 +89,80 @@ def run(
     ]
 
 
+STEPS = 10  # of 16: more than two epochs of 61 samples
+Reference = Callable[[StreamMode, int], list[list]]
+
+
 @pytest.fixture(scope="module")
-def reference(packed_scenes: Path) -> list[list]:
-    """Ten steps of 16 on one worker: more than two epochs of 61 samples."""
-    return run(Index.open(packed_scenes), BatchConfig(16, 4), 1, 0, 10)
+def reference_of(packed_scenes: Path) -> Reference:
+    """The steps on one worker without loader processes; of the microbatch where the order depends on it."""
+
+    @cache
+    def steps(order: StreamMode, microbatch: int) -> list[list]:
+        return run(Index.open(packed_scenes), BatchConfig(16, microbatch), 1, 0, STEPS, order=order)
+
+    return lambda order, microbatch: steps(order, microbatch if order == "size_planned" else 4)
+
+
+@pytest.fixture(scope="module")
+def reference(reference_of: Reference) -> list[list]:
+    return reference_of("permutation", 4)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How many ranks share a step of 16, in microbatches of how many, each with how many loader processes."""
+
+    world: int
+    microbatch: int
+    loader_workers: int
+
+
+def sharings(microbatch: int | None = None) -> st.SearchStrategy[Sharing]:
+    """Every one of them; loader processes only where they are not more than eight together."""
+    found = [
+        Sharing(world, size, workers)
+        for world in (1, 2, 4, 8, 16)
+        for size in (1, 2, 4, 8, 16)
+        for workers in (0, 1, 2)
+        if 16 % (world * size) == 0 and world * workers <= 8 and size == (microbatch or size)
+    ]
+    return st.sampled_from(found)
+
+
+@st.composite
+def plays(draw: st.DrawFn) -> tuple[StreamMode, Sharing, Sharing, int]:
+    """An order, the sharing before and after a stop, and the step at which it stops."""
+    order: StreamMode = draw(st.sampled_from(["permutation", "windowed", "size_planned"]))
+    before = draw(sharings())
+    after = draw(sharings(before.microbatch if order == "size_planned" else None))
+    return order, before, after, draw(st.integers(0, STEPS))
+
+
+def check_play(packed: Path, reference_of: Reference, play: tuple[StreamMode, Sharing, Sharing, int]) -> None:
+    order, before, after, stop = play
+    index = Index.open(packed)
+    parts = [(before, 0, stop), (after, stop, STEPS)]
+    steps = [
+        run(index, BatchConfig(16, part.microbatch), part.world, first, last, part.loader_workers, order)
+        for part, first, last in parts
+    ]
+    assert steps[0] + steps[1] == reference_of(order, before.microbatch)
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    sizes=st.sampled_from([(1, 4), (1, 16), (2, 4), (2, 8), (4, 2), (4, 4), (8, 2), (16, 1), (2, 1)]),
-    again=st.sampled_from([(1, 2), (2, 2), (4, 1), (8, 1)]),
-    stop=st.integers(0, 10),
-)
-def test_any_topology_and_any_stop_give_the_same_steps(packed_scenes, reference, sizes, again, stop) -> None:
-    index = Index.open(packed_scenes)
-    before = run(index, BatchConfig(16, sizes[1]), sizes[0], 0, stop)
-    after = run(index, BatchConfig(16, again[1]), again[0], stop, 10)
-    assert before + after == reference
+@given(play=plays())
+@example(play=("windowed", Sharing(2, 4, 2), Sharing(1, 16, 1), 3))
+@example(play=("size_planned", Sharing(4, 2, 1), Sharing(2, 2, 2), 7))
+def test_any_topology_and_any_stop_give_the_same_steps(packed_scenes, reference_of, play) -> None:
+    check_play(packed_scenes, reference_of, play)
 
 
-@pytest.mark.parametrize(("world", "microbatch", "first"), [(1, 4, 0), (2, 4, 3), (2, 2, 7)])
-def test_loader_processes_change_nothing(packed_scenes, reference, world: int, microbatch: int, first: int) -> None:
-    assert run(Index.open(packed_scenes), BatchConfig(16, microbatch), world, first, 10, workers=2) == reference[first:]
+@pytest.mark.slow
+@settings(max_examples=400, deadline=None)
+@given(play=plays())
+def test_very_many_topologies_and_stops_give_the_same_steps(packed_scenes, reference_of, play) -> None:
+    check_play(packed_scenes, reference_of, play)
 
 
 def test_every_sample_once_per_epoch_with_fresh_augmentation(reference: list[list]) -> None:
@@ -108,14 +175,10 @@ def test_every_sample_once_per_epoch_with_fresh_augmentation(reference: list[lis
 
 
 @pytest.mark.parametrize("order", ["windowed", "size_planned"])
-def test_other_orders_keep_the_promises_too(packed_scenes, order: str) -> None:
-    """Same microbatch, other topology, stopped and started: the same steps; each sample once per epoch."""
-    index, batch = Index.open(packed_scenes), BatchConfig(16, 2)
-    whole = run(index, batch, 1, 0, 10, order=order)
-    assert run(index, batch, 2, 0, 3, order=order) + run(index, batch, 4, 3, 10, order=order) == whole
-    assert run(index, batch, 2, 7, 10, workers=1, order=order) == whole[7:]
-    ids = [sample for step in whole for sample, _ in step]
+def test_other_orders_show_every_sample_once_per_epoch_too(reference_of: Reference, order: StreamMode) -> None:
+    ids = [sample for step in reference_of(order, 2) for sample, _ in step]
     assert sorted(ids[:61]) == sorted(ids[61:122]) == list(range(61)) != ids[:61]
+    assert ids[:61] != ids[61:122]
 
 
 @settings(max_examples=100, deadline=None)

@@ -50,6 +50,16 @@ def test_a_store_that_works(http: None, scenes: Index, tmp_path: Path) -> None:
         assert sum(".npy" in request[0] for request in store.requests) == len(index.manifest.columns), "copied once"
 
 
+@pytest.mark.parametrize("in_flight", [3, 8])
+def test_as_many_requests_at_once_as_allowed(http: None, scenes: Index, tmp_path: Path, in_flight: int) -> None:
+    """The store answers nobody before so many have asked; its answers are slow, so that one too many would be seen."""
+    with serve(scenes.folder, lambda name, earlier: "slow" if name.endswith("tar") else "none") as store:
+        index = open_remote(impatient(store.url, in_flight=in_flight), str(tmp_path))
+        store.most, store.gathering = 0, in_flight
+        assert all_images(index) == all_images(scenes)
+        assert 1 < store.most == in_flight < len(scenes)
+
+
 @pytest.mark.parametrize("fault", ["error", "short", "slow", "stalled", "flipped", "whole"])
 def test_a_store_that_fails_at_first(http: None, scenes: Index, tmp_path: Path, fault: str) -> None:
     """The first requests for every image of one shard go wrong, and the first one for some columns."""

@@ -23,6 +23,7 @@ from data_pipeline.transforms import (
     resized,
     sample_plan,
 )
+from dino_scale.config.decode import load_chain
 from dino_scale.config.schema import AugmentationConfig
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parents[1] / "data" / "augment.json").read_text())
@@ -195,3 +196,43 @@ def test_a_box_outside_the_crop_is_dropped() -> None:
     boxes, keep = apply_to_boxes(np.array([[10.0, 0, 15, 5], [9, 0, 15, 5], [2, 2, 4, 4]]), 30, 30, plan)
     assert keep.tolist() == [False, True, True]
     assert boxes[keep].tolist() == [[18, 0, 20, 10], [4, 4, 8, 8]]
+
+
+@pytest.fixture(scope="module")
+def scaled_up() -> AugmentationConfig:
+    """Of the stage that fine-tunes the large detector on COCO, as its chain is decoded."""
+    chain = load_chain(Path(__file__).parents[2] / "configs/chain/objects365_coco_swin_l.yaml", [])
+    stage = chain.stages["coco"]
+    assert (stage.evaluation.short_side, stage.evaluation.max_size) == (int(1.5 * 800), int(1.5 * 1333))
+    return stage.augmentation
+
+
+def test_the_scaled_up_stage_has_the_official_lists_times_one_and_a_half(scaled_up: AugmentationConfig) -> None:
+    """As the official `data_aug_scale_overlap` makes them: int(1.5 * x) of every number."""
+    scales, crop_resize = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800), (400, 500, 600)
+    official = AugmentationConfig(
+        scales=tuple(int(1.5 * scale) for scale in scales),
+        max_size=int(1.5 * 1333),
+        crop_resize=tuple(int(1.5 * size) for size in crop_resize),
+        crop_min=int(1.5 * 384),
+        crop_max=int(1.5 * 600),
+    )
+    assert scaled_up == official
+    assert (OFFICIAL.scales, OFFICIAL.crop_resize) == (scales, crop_resize)
+
+
+@settings(max_examples=300, deadline=None)
+@given(width=st.integers(50, 3000), height=st.integers(50, 3000), sample=st.integers(0, 2**40))
+def test_planned_sizes_of_the_scaled_up_stage_stay_within(
+    scaled_up: AugmentationConfig, width: int, height: int, sample: int
+) -> None:
+    config = scaled_up
+    plan = sample_plan(width, height, config, Draws(1, 0, sample))
+    last = plan.steps[-2] if len(plan.steps) > 1 else Resize(height, width)
+    ratio = max(last.height, last.width) / min(last.height, last.width)
+    assert min(plan.size) <= config.scales[-1]
+    assert max(plan.size) <= config.max_size + ratio / 2, "the official arithmetic rounds the short side"
+    if len(plan.steps) > 1:
+        first, crop = plan.steps[:2]
+        assert min(first.height, first.width) in config.crop_resize
+        assert crop.height <= config.crop_max and crop.width <= config.crop_max

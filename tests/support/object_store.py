@@ -19,7 +19,9 @@ Fault = str  # "error", "short", "slow", "stalled", "flipped", "whole", "none"
 
 
 class Store(ThreadingHTTPServer):
-    """fault: what to do with the n-th request for a path (n from 0). requests: (path, start, end) in order."""
+    """fault: what to do with the n-th request for a path (n from 0). requests: (path, start, end) in order. most: how
+    many GETs were under way at once, at most. gathering: so many GETs wait for one another before any is answered
+    (30 seconds at most, so that fewer are an answer too); 0: none waits."""
 
     daemon_threads = True
     request_queue_size = 128  # with the usual 5, connections made at once wait seconds for a second try
@@ -28,7 +30,19 @@ class Store(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _S3Handler if s3 else _Handler)
         self.root, self.fault = root, fault
         self.requests: list[tuple[str, int, int]] = []
-        self.lock = threading.Lock()
+        self.lock = threading.Condition()
+        self.under_way = self.most = self.gathering = 0
+
+    def enter(self) -> None:
+        with self.lock:
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+            self.lock.notify_all()
+            self.lock.wait_for(lambda: self.most >= self.gathering, timeout=30)
+
+    def leave(self) -> None:
+        with self.lock:
+            self.under_way -= 1
 
     @property
     def url(self) -> str:
@@ -40,10 +54,24 @@ class Store(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: Store
+    left: bool  # whether the request that is being answered counts no longer
 
     def do_GET(self) -> None:
+        self.left = False
+        self.server.enter()
+        self._get()
+        self._leave()
+
+    def _leave(self) -> None:
+        """Before the end of the answer is sent: whoever has it may ask for the next thing at once."""
+        if not self.left:
+            self.left = True
+            self.server.leave()
+
+    def _get(self) -> None:
         path = self.server.root / self.path.lstrip("/")
         if not path.is_file():
+            self._leave()
             self.send_error(404)
             return
         content = path.read_bytes()
@@ -57,6 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, content: bytes, start: int, end: int, partial: bool, fault: Fault) -> None:
         if fault == "error":
+            self._leave()
             self.send_error(503)
             return
         if fault == "stalled":
@@ -72,13 +101,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
         self.end_headers()
         if fault == "short":
+            self._leave()
             self.wfile.write(body[: len(body) // 2])
             self.close_connection = True
         elif fault == "slow":
-            for place in range(0, len(body), 1 + len(body) // 4):
-                self.wfile.write(body[place : place + 1 + len(body) // 4])
+            part = 1 + len(body) // 4
+            for place in range(0, len(body), part):
                 time.sleep(0.01)
+                if place + part >= len(body):
+                    self._leave()
+                self.wfile.write(body[place : place + part])
         else:
+            self._leave()
             self.wfile.write(body)
 
     def do_HEAD(self) -> None:
