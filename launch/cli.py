@@ -291,11 +291,21 @@ def _export(commands: Commands) -> None:
 
         run(options)
 
-    text = "a weights file into a checkpoint of the authors' repository, or a safetensors file"
-    example = "dino-scale export --weights runs/first/finetune/weights.safetensors --format official --out X.pth"
+    text = "a checkpoint into a weights file, or a weights file into a checkpoint of the authors' repository"
+    example = (
+        "dino-scale export runs/first --best --out best.safetensors\n"
+        "  dino-scale export runs/first/finetune/checkpoints/step_00001000 --out early.safetensors\n"
+        "  dino-scale export --weights runs/first/finetune/weights.safetensors --format official --out X.pth"
+    )
     parser = _command(commands, "export", text, example, run)
-    parser.add_argument("--weights", type=Path, required=True, metavar="W")
-    parser.add_argument("--format", choices=("official", "safetensors"), required=True)
+    parser.add_argument("source", type=Path, nargs="?", metavar="R|CKPT", help="run folder, or a checkpoint in it")
+    parser.add_argument(
+        "--best", action="store_true", help="of R: the checkpoint of the best evaluation, not the newest"
+    )
+    parser.add_argument("--stage", metavar="NAME", help="of R; default: the last one that has a checkpoint")
+    parser.add_argument("--no-ema", action="store_true", help="the weights as trained, also where averages were kept")
+    parser.add_argument("--weights", type=Path, metavar="W", help="instead of a checkpoint: a weights file")
+    parser.add_argument("--format", choices=("official", "safetensors"), help="needed with --weights")
     parser.add_argument("--out", type=Path, required=True, metavar="X", help="new file")
 
 
