@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import datetime
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from dino_scale.errors import UserError
 
@@ -10,4 +18,25 @@ from dino_scale.errors import UserError
 def require_new_file(path: Path) -> None:
     """UserError where --out exists: nobody's results are overwritten."""
     if path.exists():
-        raise UserError(f"--out is {path}, which exists: give the name of a new file")
+        raise UserError(f"--out is {path}, which exists: give a new file with --out")
+
+
+@contextmanager
+def new_table(path: Path, columns: Sequence[str]) -> Iterator[Callable[[Iterable[object]], None]]:
+    """A new CSV file with a heading; call the result with each row, which can be read in the file at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+
+        def add(row: Iterable[object]) -> None:
+            writer.writerow(row)
+            file.flush()
+
+        add(columns)
+        yield add
+
+
+def today_here(device: str = "cpu") -> tuple[str, str]:
+    """The date, and the machine that the figures are of."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return today, torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {os.cpu_count()} CPUs"
