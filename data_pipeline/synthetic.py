@@ -88,6 +88,7 @@ SIZES = ((112, 80), (80, 112), (96, 96), (128, 72))  # width, height
 VISIBLE_SHARE = 0.3  # an object of which less is visible has no box
 VALIDATION_START = 1_000_000  # index of the first validation image: training never reaches it
 CROWD_MEMBERS = 14
+_PARTIAL = ".partial-"  # followed by the number of the process that writes
 
 
 class SyntheticBox(NamedTuple):
@@ -244,7 +245,7 @@ def write_synthetic(
     folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder}: exists already; expected a new folder: give another path or remove it first")
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial = folder.with_name(f"{folder.name}{_PARTIAL}{os.getpid()}")
     try:
         _write_split(partial, "train", domain, seed, range(train), preset)
         validation_indices = range(VALIDATION_START, VALIDATION_START + validation)
@@ -252,7 +253,18 @@ def write_synthetic(
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return written_splits(folder)
+
+
+def written_splits(folder: Path) -> dict[str, Split]:
+    """By name, the splits of a folder that `write_synthetic` has written."""
     return {name: Split(folder / f"{name}.json", folder / name / "images") for name in ("train", "validation")}
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Delete what killed calls of `write_synthetic` were writing in `parent`. Only for who has it for himself."""
+    for leftover in parent.glob(f"*{_PARTIAL}*"):
+        shutil.rmtree(leftover)
 
 
 def _write_split(folder: Path, split: str, domain: Domain, seed: int, indices: Iterable[int], preset: Preset) -> None:

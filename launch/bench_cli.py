@@ -22,13 +22,8 @@ def add_benchmarks(parser: argparse.ArgumentParser, add: AddCommand) -> None:
 
 
 def _kernels(what: Any, add: AddCommand) -> None:
-    def run(options: argparse.Namespace) -> None:
-        from launch.commands.bench_kernels import run
-
-        run(options)
-
     text = "deformable attention and matching beside the usual ways to compute them"
-    parser = add(what, "kernels", text, "dino-scale bench kernels --device cpu --out kernels.csv", run)
+    parser = add(what, "kernels", text, "dino-scale bench kernels --device cpu --out kernels.csv", "bench_kernels")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--turns", type=int, default=5, metavar="N", help="the least of N times counts; default 5")
     parser.add_argument("--only", default="", metavar="TEXT", help="comparisons whose name contains this; default: all")
@@ -38,13 +33,8 @@ def _kernels(what: Any, add: AddCommand) -> None:
 
 
 def _step(what: Any, add: AddCommand) -> None:
-    def run(options: argparse.Namespace) -> None:
-        from launch.commands.bench_step import run
-
-        run(options)
-
     text = "operators of a training step of DINO R50 4-scale, with the usual ones and with ours"
-    parser = add(what, "step", text, "dino-scale bench step --device cpu --out step.csv", run)
+    parser = add(what, "step", text, "dino-scale bench step --device cpu --out step.csv", "bench_step")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--size", type=int, default=320, metavar="PIXELS", help="side of the images; default 320")
     parser.add_argument("--images", type=int, default=2, metavar="N", help="microbatch; default 2")
@@ -53,26 +43,18 @@ def _step(what: Any, add: AddCommand) -> None:
 
 
 def _loader(what: Any, add: AddCommand) -> None:
-    def run(options: argparse.Namespace) -> None:
-        from launch.commands.bench_loader import run
-
-        run(options)
-
     text = "reading, decoding, padding and memory of the data path, against the usual way"
-    parser = add(what, "loader", text, "dino-scale bench loader shards/train --out loader.csv", run)
+    parser = add(what, "loader", text, "dino-scale bench loader shards/train --out loader.csv", "bench_loader")
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder made by pack")
     parser.add_argument("--images", type=int, default=200, metavar="N", help="images to decode; default 200")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="new file")
 
 
 def _ladder(what: Any, add: AddCommand) -> None:
-    def run(options: argparse.Namespace) -> None:
-        from launch.commands.bench_ladder import run
-
-        run(options)
-
     text = "DINO and the detectors it descends from, trained alike on synthetic pictures"
-    parser = add(what, "ladder", text, "dino-scale bench ladder --steps 800 --images 1600 --out ladder.csv", run)
+    parser = add(
+        what, "ladder", text, "dino-scale bench ladder --steps 800 --images 1600 --out ladder.csv", "bench_ladder"
+    )
     parser.add_argument("--steps", type=int, default=800, metavar="N", help="optimizer steps; default 800")
     parser.add_argument("--images", type=int, default=1600, metavar="N", help="training pictures; default 1600")
     parser.add_argument("--validation", type=int, default=200, metavar="N", help="validation pictures; default 200")
@@ -83,13 +65,8 @@ def _ladder(what: Any, add: AddCommand) -> None:
 
 
 def _checkpoint(what: Any, add: AddCommand) -> None:
-    def run(options: argparse.Namespace) -> None:
-        from launch.commands.bench_checkpoint import run
-
-        run(options)
-
     text = "how long a save stops training, beside torch.save; saving and loading beside the bare disk"
-    parser = add(what, "checkpoint", text, "dino-scale bench checkpoint --out checkpoint.csv", run)
+    parser = add(what, "checkpoint", text, "dino-scale bench checkpoint --out checkpoint.csv", "bench_checkpoint")
     sizes = ("r50", "swin_l", "small")
     parser.add_argument("--models", nargs="+", choices=sizes, default=["r50", "swin_l"], help="default: r50 swin_l")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
@@ -98,13 +75,8 @@ def _checkpoint(what: Any, add: AddCommand) -> None:
 
 
 def _startup(what: Any, add: AddCommand) -> None:
-    def run(options: argparse.Namespace) -> None:
-        from launch.commands.bench_startup import run
-
-        run(options)
-
     text = "from the command to the first step, and where the time goes"
-    parser = add(what, "startup", text, "dino-scale bench startup --repeat 3 --out startup.csv", run)
+    parser = add(what, "startup", text, "dino-scale bench startup --repeat 3 --out startup.csv", "bench_startup")
     parser.add_argument(
         "--engines", nargs="+", choices=("local", "torchrun", "ray"), default=["local", "torchrun", "ray"]
     )

@@ -10,6 +10,8 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -75,8 +77,9 @@ def _command(
     name: str,
     text: str,
     example: str,
-    run: Callable[[argparse.Namespace], None],
+    run: str | Callable[[argparse.Namespace], None],
 ) -> argparse.ArgumentParser:
+    """run: what the command does; a name stands for the `run` of launch/commands/NAME.py, imported only then."""
     parser = commands.add_parser(
         name,
         help=text,
@@ -84,8 +87,12 @@ def _command(
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=partial(_run_module, run) if isinstance(run, str) else run)
     return parser
+
+
+def _run_module(name: str, options: argparse.Namespace) -> None:
+    import_module(f"launch.commands.{name}").run(options)
 
 
 def _add_overrides(parser: argparse.ArgumentParser, example: str = "stages.pretrain.batch.microbatch=4") -> None:
@@ -120,28 +127,18 @@ def _demo(commands: Commands) -> None:
 
 
 def _pack(commands: Commands) -> None:
-    def run(options: argparse.Namespace) -> None:
-        from launch.commands.pack import run
-
-        run(options)
-
     text = "images and an annotation file into shards with an index"
     example = "dino-scale pack --format coco --annotations instances.json --images images --out shards/train"
-    parser = _command(commands, "pack", text, example, run)
+    parser = _command(commands, "pack", text, example, "pack")
     _add_raw_data(parser, required=True)
     parser.add_argument("--out", type=Path, required=True, metavar="SHARDS", help="new folder")
     parser.add_argument("--restart", action="store_true", help="forget the finished shards of an interrupted pack")
 
 
 def _doctor(commands: Commands) -> None:
-    def run(options: argparse.Namespace) -> None:
-        from launch.commands.doctor import run
-
-        run(options)
-
     text = "check packed shards byte by byte, or tell what pack would write and mend; nothing is written"
     example = "dino-scale doctor shards/train\n  dino-scale doctor --annotations instances.json --images images"
-    parser = _command(commands, "doctor", text, example, run)
+    parser = _command(commands, "doctor", text, example, "doctor")
     parser.add_argument("shards", type=Path, nargs="?", metavar="SHARDS", help="folder made by pack")
     _add_raw_data(parser, required=False)
 
@@ -177,14 +174,9 @@ def _add_raw_data(parser: argparse.ArgumentParser, required: bool) -> None:
 
 
 def _plan(commands: Commands) -> None:
-    def run(options: argparse.Namespace) -> None:
-        from launch.commands.plan import run
-
-        run(options)
-
     text = "what a chain will do and need: steps, memory, traffic, time, cost; no accelerator is touched"
     example = "dino-scale plan configs/chain/objects365_coco_swin_l.yaml --gpu-memory 80 --images-per-second 40"
-    parser = _command(commands, "plan", text, example, run)
+    parser = _command(commands, "plan", text, example, "plan")
     parser.add_argument("chain", type=Path, metavar="CHAIN.yaml")
     add_plan_options(parser)
     _add_overrides(parser)
@@ -218,13 +210,8 @@ def _resume(commands: Commands) -> None:
 
 
 def _evaluate(commands: Commands) -> None:
-    def run(options: argparse.Namespace) -> None:
-        from launch.commands.evaluate import run
-
-        run(options)
-
     example = "dino-scale evaluate --weights runs/first/finetune/weights.safetensors --data shards/validation"
-    parser = _command(commands, "evaluate", "COCO numbers of trained weights on packed data", example, run)
+    parser = _command(commands, "evaluate", "COCO numbers of trained weights on packed data", example, "evaluate")
     parser.add_argument("--weights", type=Path, required=True, metavar="W")
     parser.add_argument("--data", required=True, metavar="SHARDS", help="folder made by pack, or its address")
     parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for evaluation.json and detections.json")
@@ -239,14 +226,9 @@ def _evaluate(commands: Commands) -> None:
 
 
 def _predict(commands: Commands) -> None:
-    def run(options: argparse.Namespace) -> None:
-        from launch.commands.predict import run
-
-        run(options)
-
     text = "draw the boxes a detector finds, and write them as a COCO-format file"
     example = "dino-scale predict --weights runs/first/finetune/weights.safetensors photos --out found"
-    parser = _command(commands, "predict", text, example, run)
+    parser = _command(commands, "predict", text, example, "predict")
     parser.add_argument("--weights", type=Path, required=True, metavar="W")
     parser.add_argument("pictures", type=Path, metavar="IMAGE|FOLDER")
     parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="default: predictions")
@@ -257,25 +239,19 @@ def _predict(commands: Commands) -> None:
 
 
 def _report(commands: Commands) -> None:
-    def run(options: argparse.Namespace) -> None:
-        from launch.commands.report import run
-
-        run(options)
-
     text = "write report.html of a run anew: curves, per-class AP, best and worst pictures"
-    parser = _command(commands, "report", text, "dino-scale report runs/first", run)
+    parser = _command(commands, "report", text, "dino-scale report runs/first", "report")
     parser.add_argument("run_dir", type=_folder, metavar="R", help="run folder of train or demo")
 
 
 def _import_official(commands: Commands) -> None:
-    def run(options: argparse.Namespace) -> None:
-        from launch.commands.import_official import run
-
-        run(options)
-
     text = "a checkpoint of the authors' repository into a weights file"
     parser = _command(
-        commands, "import-official", text, "dino-scale import-official checkpoint0011_4scale.pth --out W", run
+        commands,
+        "import-official",
+        text,
+        "dino-scale import-official checkpoint0011_4scale.pth --out W",
+        "import_official",
     )
     parser.add_argument("checkpoint", type=Path, metavar="X.pth")
     parser.add_argument("--out", type=Path, required=True, metavar="W", help="new weights file (.safetensors)")
@@ -286,28 +262,28 @@ def _import_official(commands: Commands) -> None:
 
 
 def _export(commands: Commands) -> None:
-    def run(options: argparse.Namespace) -> None:
-        from launch.commands.export import run
-
-        run(options)
-
-    text = "a weights file into a checkpoint of the authors' repository, or a safetensors file"
-    example = "dino-scale export --weights runs/first/finetune/weights.safetensors --format official --out X.pth"
-    parser = _command(commands, "export", text, example, run)
-    parser.add_argument("--weights", type=Path, required=True, metavar="W")
-    parser.add_argument("--format", choices=("official", "safetensors"), required=True)
+    text = "a checkpoint into a weights file, or a weights file into a checkpoint of the authors' repository"
+    example = (
+        "dino-scale export runs/first --best --out best.safetensors\n"
+        "  dino-scale export runs/first/finetune/checkpoints/step_00001000 --out early.safetensors\n"
+        "  dino-scale export --weights runs/first/finetune/weights.safetensors --format official --out X.pth"
+    )
+    parser = _command(commands, "export", text, example, "export")
+    parser.add_argument("source", type=Path, nargs="?", metavar="R|CKPT", help="run folder, or a checkpoint in it")
+    parser.add_argument(
+        "--best", action="store_true", help="of R: the checkpoint of the best evaluation, not the newest"
+    )
+    parser.add_argument("--stage", metavar="NAME", help="of R; default: the last one that has a checkpoint")
+    parser.add_argument("--no-ema", action="store_true", help="the weights as trained, also where averages were kept")
+    parser.add_argument("--weights", type=Path, metavar="W", help="instead of a checkpoint: a weights file")
+    parser.add_argument("--format", choices=("official", "safetensors"), help="needed with --weights")
     parser.add_argument("--out", type=Path, required=True, metavar="X", help="new file")
 
 
 def _reshard(commands: Commands) -> None:
-    def run(options: argparse.Namespace) -> None:
-        from launch.commands.reshard import run
-
-        run(options)
-
     text = "a checkpoint in another number of files, in little memory; training reads any number of files as it is"
     example = "dino-scale reshard runs/first/pretrain/checkpoints/step_00001000 --out archive --parts 4"
-    parser = _command(commands, "reshard", text, example, run)
+    parser = _command(commands, "reshard", text, example, "reshard")
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="folder step_XXXXXXXX of a run")
     parser.add_argument("--out", type=Path, required=True, metavar="CKPT2", help="new folder")
     size = parser.add_mutually_exclusive_group(required=True)
@@ -316,14 +292,9 @@ def _reshard(commands: Commands) -> None:
 
 
 def _inspect(commands: Commands) -> None:
-    def run(options: argparse.Namespace) -> None:
-        from launch.commands.inspect import run
-
-        run(options)
-
     text = "what a checkpoint holds; exit code 3 where a file is damaged"
     example = "dino-scale inspect runs/first/pretrain/checkpoints/step_00001000 --verify"
-    parser = _command(commands, "inspect", text, example, run)
+    parser = _command(commands, "inspect", text, example, "inspect")
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="folder step_XXXXXXXX of a run")
     parser.add_argument("--verify", action="store_true", help="read every file and compare its digest")
     parser.add_argument("--json", action="store_true", help="print JSON")

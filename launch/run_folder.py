@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dino_scale.config.decode import dump_chain, load_chain
+from dino_scale.config.decode import decode_text, dump_chain, load_chain
 from dino_scale.config.dump import differences, leaves
 from dino_scale.config.schema import ChainConfig
 from dino_scale.errors import RunFolderError
@@ -201,18 +201,28 @@ def _torn(path: Path, what: str) -> RunFolderError:
 
 def _require_same_config(path: Path, before: dict[str, Any], config: ChainConfig, overrides: Sequence[str]) -> None:
     named = [override.partition("=")[0] for override in overrides]
-    changed = differences(before, leaves(config))
-    foreign = {
-        key: values
-        for key, values in changed.items()
-        if not any(key == name or key.startswith(f"{name}.") for name in named)
-    }
+
+    def is_named(key: str) -> bool:
+        return any(key == name or key.startswith(f"{name}.") for name in named)
+
+    after = leaves(config)
+    gained = [key for key in after if key not in before and not is_named(key)]
+    changed = differences(before | _defaults(config, gained), after)
+    foreign = {key: values for key, values in changed.items() if not is_named(key)}
     if foreign:
         lines = [f"  {key}: was {_shown(old)}, is {_shown(new)}" for key, (old, new) in foreign.items()]
         raise RunFolderError(
             f"{path / CONFIG} is not what this run was started with: put it back, or name every change with --set\n"
             + "\n".join(lines)
         )
+
+
+def _defaults(config: ChainConfig, keys: Sequence[str]) -> dict[str, Any]:
+    """What `keys` are where nobody gives them: a run that began before this program knew them went by that."""
+    if not keys:
+        return {}
+    known = leaves(decode_text(dump_chain(config, without=keys), ChainConfig, CONFIG))
+    return {key: known[key] for key in keys if key in known}
 
 
 def _shown(value: Any) -> str:

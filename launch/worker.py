@@ -259,12 +259,10 @@ class _StageRun:
         self.checkpoints.settle()
         state = self._state()
         if distributed.rank() == 0:
-            data, evaluation = self.config.data, self.config.evaluation
-            preparation = Preparation(
-                data.mean, data.std, evaluation.short_side, evaluation.max_size, evaluation.detections
+            preparation = Preparation.of_stage(self.config)
+            save_weights(
+                self.folder / WEIGHTS, Weights(state, self.job.config.model, self.index.categories, preparation)
             )
-            weights = Weights(state, self.job.config.model, self.index.categories, preparation)
-            save_weights(self.folder / WEIGHTS, weights)
         distributed.barrier()
 
     def _say(self, text: str) -> None:

@@ -32,9 +32,14 @@ def list_checkpoints(root: Path) -> list[Path]:
     return _folders(root, STEP)
 
 
+def list_best(root: Path) -> list[Path]:
+    """Checkpoints of best evaluations, oldest first; there is one, but for a moment while it is replaced."""
+    return _folders(root, BEST)
+
+
 def list_candidates(root: Path) -> list[Path]:
     """What a run can be continued from, oldest first. A best one knows of its own evaluation, so it comes later."""
-    found = [*_folders(root, STEP), *_folders(root, BEST)]
+    found = [*list_checkpoints(root), *list_best(root)]
     return sorted(found, key=lambda folder: (step_of(folder), folder.name.startswith(BEST)))
 
 
@@ -82,7 +87,7 @@ def delete_surplus(root: Path, step: int, keep_last: int) -> None:
 
 
 def delete_other_best(root: Path, step: int) -> None:
-    for folder in _folders(root, BEST):
+    for folder in list_best(root):
         if step_of(folder) != step:
             retire(folder)
 

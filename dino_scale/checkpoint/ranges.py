@@ -8,16 +8,15 @@ Everything in a shard is a float32 vector. Nothing here needs torch.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
 from dino_scale.checkpoint.manifest import Manifest, tensor_key
-from dino_scale.checkpoint.tensor_file import FileEntry, read_header
+from dino_scale.checkpoint.tensor_file import FileEntry, TensorEntry, header, read_header
 from dino_scale.errors import CheckpointError
 
 ITEM = 4  # bytes of a float32
@@ -26,7 +25,7 @@ _OPEN_FILES = 64  # a checkpoint of a thousand workers must not need a thousand 
 
 
 class Shard:
-    """One shard file, open for reading. CheckpointError when it is not one of float32 tensors."""
+    """One file of a checkpoint, open for reading. CheckpointError when it is no file of tensors."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,6 +34,14 @@ class Shard:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror}), the checkpoint is damaged") from None
+
+    def entries(self) -> dict[str, TensorEntry]:
+        """What the file's header says that it holds."""
+        return dict(self._tensors)
+
+    def read_bytes(self, key: str, first: int, target: memoryview) -> None:
+        """Fill `target` with the bytes of tensor `key`, of any type, from its byte `first` on."""
+        _read_exactly(self.path, self._descriptor, self._tensors[key].begin + first, target)
 
     def read_into(self, key: str, first: int, target: memoryview) -> None:
         """Fill `target` (bytes) with the elements of tensor `key` from `first` on."""
@@ -97,15 +104,17 @@ class ParameterReader:
 
 
 class ShardWriter:
-    """Writes a shard in the order of its table of contents, without ever holding it in memory."""
+    """Writes a file in the order of its table of contents, without ever holding it in memory."""
 
-    def __init__(self, path: Path, contents: Sequence[tuple[str, int]]) -> None:
-        """contents: key and number of elements of every tensor, in the order in which they will be written."""
+    def __init__(
+        self, path: Path, contents: Mapping[str, TensorEntry], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """contents: every tensor, in the order in which they will be written; metadata: texts in the file's header."""
         self.path = path
-        self._missing = ITEM * sum(numel for _, numel in contents)
+        self._missing = sum(entry.bytes for entry in contents.values())
         self._digest = hashlib.sha256()
         self._file = path.open("xb")
-        self._put(_header(contents))
+        self._put(header(contents, metadata))
 
     def write(self, data: memoryview | bytes) -> None:
         self._missing -= len(data)
@@ -126,14 +135,9 @@ class ShardWriter:
         self._file.write(data)
 
 
-def _header(contents: Sequence[tuple[str, int]]) -> bytes:
-    table, offset = {}, 0
-    for key, numel in contents:
-        table[key] = {"dtype": "F32", "shape": [numel], "data_offsets": [offset, offset + ITEM * numel]}
-        offset += ITEM * numel
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight bytes, as the library writes it
-    return len(text).to_bytes(8, "little") + text
+def vector(numel: int) -> TensorEntry:
+    """How a shard holds a piece of a parameter."""
+    return TensorEntry("F32", (numel,))
 
 
 def _read_exactly(path: Path, descriptor: int, offset: int, target: memoryview) -> None:

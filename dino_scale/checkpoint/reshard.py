@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dino_scale.checkpoint.layout import sync, write_synced
 from dino_scale.checkpoint.manifest import FILE_NAME, Manifest, Piece, tensor_key, verify
-from dino_scale.checkpoint.ranges import ITEM, ParameterReader, ShardWriter
+from dino_scale.checkpoint.ranges import ITEM, ParameterReader, ShardWriter, vector
 from dino_scale.checkpoint.tensor_file import FileEntry
 from dino_scale.errors import UserError
 
@@ -89,7 +89,7 @@ def _write_shard(
     path: Path, kinds: tuple[str, ...], stretches: list[tuple[str, int, int]], reader: ParameterReader
 ) -> FileEntry:
     planned = [(kind, *stretch) for kind in kinds for stretch in stretches]
-    writer = ShardWriter(path, [(tensor_key(kind, name, start), numel) for kind, name, start, numel in planned])
+    writer = ShardWriter(path, {tensor_key(kind, name, start): vector(numel) for kind, name, start, numel in planned})
     block = memoryview(bytearray(_BLOCK))
     for kind, name, start, numel in planned:
         for first in range(0, numel, _BLOCK // ITEM):

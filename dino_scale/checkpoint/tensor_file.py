@@ -7,8 +7,10 @@ the tensors one after the other. https://github.com/huggingface/safetensors#form
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,28 @@ class TensorEntry:
     dtype: str
     shape: tuple[int, ...]
     begin: int = field(default=0, compare=False)
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * _SIZES[self.dtype]
+
+
+def header(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The beginning of a file whose data are those tensors in that order; metadata: texts by name."""
+    table: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    offset = 0
+    for name, entry in entries.items():
+        end = offset + entry.bytes
+        table[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight bytes, as the library writes it
+    return len(text).to_bytes(8, "little") + text
+
+
+def in_file_order(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Wider elements first, which keeps every tensor aligned to its elements, then by name, as the library writes."""
+    return dict(sorted(entries.items(), key=lambda item: (-_SIZES[item[1].dtype], item[0])))
 
 
 def digest_file(path: Path) -> FileEntry:

@@ -6,7 +6,6 @@ Hashing and writing release the interpreter's lock, so a thread can do both whil
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dino_scale.checkpoint.tensor_file import FileEntry
+from dino_scale.checkpoint.tensor_file import FileEntry, TensorEntry, header
 
 _BLOCK = 4 << 20  # bytes hashed and written at a time
 _NAMES = {
@@ -46,15 +45,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
 
 
 def _blocks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    header, offset = {}, 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little")
-    yield text
+    yield header({name: TensorEntry(_NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()})
     for tensor in tensors.values():
         content = tensor.reshape(-1).view(torch.uint8).numpy().data
         for begin in range(0, len(content), _BLOCK):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Collection
 from typing import Any
 
 import yaml
@@ -14,10 +15,15 @@ _BARE = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
 _WORDS_WITH_MEANING = frozenset({"true", "false", "null", "yes", "no", "on", "off", "y", "n"})
 
 
-def dump_chain(config: ChainConfig) -> str:
-    """YAML text with every leaf, resolved; `load_chain` of it gives an equal configuration."""
+def dump_chain(config: ChainConfig, without: Collection[str] = ()) -> str:
+    """YAML text with every leaf, resolved; `load_chain` of it gives an equal configuration.
+
+    without: dotted keys of leaves that the text shall lack.
+    """
+    content = _plain(config)
+    _remove(content, "", frozenset(without))
     text: str = yaml.dump(
-        _plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20, default_flow_style=False
+        content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20, default_flow_style=False
     )
     return text
 
@@ -43,6 +49,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return value
+
+
+def _remove(tree: dict[str, Any], prefix: str, keys: frozenset[str]) -> None:
+    """Take the leaves called `keys` out of `tree`, and the sections that held nothing else."""
+    for name, item in list(tree.items()):
+        key = prefix + name
+        if isinstance(item, dict) and item:
+            _remove(item, f"{key}.", keys)
+            if not item:
+                del tree[name]
+        elif key in keys:
+            del tree[name]
 
 
 def _collect(value: Any, key: str, found: dict[str, Any]) -> None:

@@ -90,6 +90,9 @@ class ZeroEngine:
         self._engine = _initialise(
             module, self._optimizer, _deepspeed_config(stage, microbatch, accumulation, clip, bf16_parameters)
         )
+        self._excess = _to_power_of_two(distributed.world_size()) if bf16_parameters else 1.0
+        if self._excess != 1 and stage > 1:
+            self._engine.optimizer.override_loss_scale(self._excess)
         self._partitions = Partitions(stage, self._engine.optimizer, self._optimizer, self._names)
         self._partitions.create_moments()
         self.fragments: tuple[Fragment, ...] = self._partitions.fragments()
@@ -106,7 +109,7 @@ class ZeroEngine:
         ConfigError when a trained parameter takes no part in it.
         """
         self._participation.watch(loss)
-        self._engine.backward(loss)
+        self._engine.backward(loss * self._excess if self._excess != 1 and self.stage == 1 else loss)
 
     def set_rate_factor(self, factor: float) -> None:
         """Set every group's learning rate to its own rate times `factor`."""
@@ -126,6 +129,8 @@ class ZeroEngine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return None
+        if self._excess != 1 and self.stage == 1:
+            self._remove_excess()
         own_norm = self._clip() if self.stage == 0 else None
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm() if own_norm is None else own_norm)
@@ -139,6 +144,12 @@ class ZeroEngine:
         if not math.isfinite(norm):
             self.model.zero_grad(set_to_none=True)
         return norm
+
+    def _remove_excess(self) -> None:
+        """Stage 1 with bf16 parameters has an optimizer without a loss scale, and its sums are whole on every rank."""
+        sums, _ = self._engine.optimizer.get_grads_for_reduction()
+        for values in sums:
+            values.div_(self._excess)
 
     def optimizer_steps(self) -> int:
         """AdamW's own step count (skipped steps do not count)."""
@@ -228,6 +239,16 @@ class ZeroEngine:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Global shape of every trained parameter."""
         return {name: tuple(getattr(p, "ds_shape", p.shape)) for p, name in self._names.items()}
+
+
+def _to_power_of_two(workers: int) -> float:
+    """What makes a power of two of the number of workers.
+
+    Losses come multiplied by that number, over which DeepSpeed averages. In bfloat16 every gradient on the way is
+    rounded otherwise by a factor that is no power of two, so it is made one, and the excess is taken off the float32
+    sums: by DeepSpeed itself where it has a loss scale.
+    """
+    return (1 << (workers - 1).bit_length()) / workers
 
 
 def _copies(model: nn.Module) -> dict[str, Tensor]:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import multiprocessing
-import os
-import platform
 import shutil
 import tempfile
 import traceback
@@ -21,6 +17,7 @@ from dino_scale.config.decode import load_chain
 from dino_scale.config.schema import ModelConfig
 from dino_scale.errors import UserError
 from dino_scale.training import distributed
+from launch.commands.output import new_table, require_new_file, today_here
 from launch.local_engine import free_port
 
 _CHAINS = Path(__file__).parents[2] / "configs" / "chain"
@@ -33,23 +30,18 @@ _COLUMNS = ("date", "machine", "model", "parameters", "workers", "what", "value"
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.out.exists():
-        raise UserError(f"'{arguments.out}' exists: give a new file with --out")
+    require_new_file(arguments.out)
     if not Path("/proc/self/clear_refs").exists():
         raise UserError("bench checkpoint measures memory by /proc/self/clear_refs: run it on Linux")
     console = Console(highlight=False, soft_wrap=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(_COLUMNS)
+    with new_table(arguments.out, _COLUMNS) as add:
         for name in arguments.models:
             for workers in arguments.workers:
                 console.print(f"{name}, {workers} worker(s)")
                 parameters, rows = _measure(name, workers, arguments.turns, arguments.out.parent)
                 for row in rows:
                     console.print(f"  {row.what}: {_figures(row)}")
-                    writer.writerow(_fields(name, parameters, workers, row))
-                file.flush()
+                    add(_fields(name, parameters, workers, row))
 
 
 def _figures(row: Row) -> str:
@@ -58,10 +50,8 @@ def _figures(row: Row) -> str:
 
 
 def _fields(name: str, parameters: int, workers: int, row: Row) -> tuple[object, ...]:
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    machine = f"{platform.machine()}, {os.cpu_count()} CPUs"
     ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
-    return today, machine, name, parameters, workers, row.what, f"{row.value:.4g}", row.unit, ratio, row.against
+    return *today_here(), name, parameters, workers, row.what, f"{row.value:.4g}", row.unit, ratio, row.against
 
 
 def _measure(name: str, workers: int, turns: int, parent: Path) -> tuple[int, list[Row]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple
@@ -16,6 +15,7 @@ from dino_scale.errors import UserError
 from kernels.bench import measure
 from kernels.bench_conclusions import conclusions
 from kernels.bench_timing import Row
+from launch.commands.output import new_table, require_new_file
 from launch.provenance import commit, machine, today
 
 _SOURCE = ("date", "commit", "machine", "threads")
@@ -24,8 +24,7 @@ _COMPILED = ("triton", "kernel", "capability", "dtype", "shape", "registers", "s
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.out.exists():
-        raise UserError(f"'{arguments.out}' exists: give a new file with --out")
+    require_new_file(arguments.out)
     console = Console(highlight=False, soft_wrap=True)
     if arguments.compiled:
         _write(arguments.out, (*_SOURCE, *_COMPILED), _compiled(console))
@@ -41,14 +40,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Row by row, so that what was measured stays when the rest fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
+    with new_table(path, columns) as add:
         for row in rows:
-            writer.writerow(row)
-            file.flush()
+            add(row)
 
 
 def _timed(rows: Iterable[Row], device: str, console: Console, measured: list[Row]) -> Iterator[Sequence[object]]:

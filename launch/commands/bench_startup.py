@@ -12,6 +12,7 @@ from statistics import median
 from rich.console import Console
 
 from dino_scale.errors import UserError
+from launch.commands.output import require_new_file
 from launch.ladder import Plan, draw_data
 from launch.startup import Phase, machine, measure_start
 
@@ -21,8 +22,7 @@ _IMAGES = 16  # one global batch
 def run(options: argparse.Namespace) -> None:
     if min(options.workers, options.repeat) < 1:
         raise UserError("bench startup: --workers and --repeat are at least 1")
-    if options.out.exists():
-        raise UserError(f"'{options.out}' exists: give a new file with --out")
+    require_new_file(options.out)
     console = Console(highlight=False, soft_wrap=True)
     found: list[Phase] = []
     with tempfile.TemporaryDirectory(prefix="dino-scale-startup-") as folder:

@@ -20,6 +20,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("doctor: expected either a packed folder, or --annotations and --images of a raw one")
     console = Console(highlight=False, soft_wrap=True)
     if arguments.shards is not None:
+        _require_no_raw_options(arguments)
         with phases(console) as tell:
             index = check_shards(arguments.shards, lambda done, total: tell("reading shards", done, total))
         boxes, shards = index.manifest.boxes, len(index.shard_names)
@@ -59,3 +60,22 @@ def _show_kind(title: str, places: Sequence[str], console: Console) -> None:
     console.print(f"  {title}", markup=False)
     for place in places:
         console.print(f"    {place}", markup=False)
+
+
+def _require_no_raw_options(arguments: argparse.Namespace) -> None:
+    """UserError for an option that would do nothing: a packed folder is read by this process, as it is."""
+    given = {
+        "--format": arguments.format != "coco",
+        "--workers": arguments.workers is not None,
+        "--address": arguments.address is not None,
+        "--first": arguments.first != 0,
+        "--also": arguments.also is not None,
+        "--also-after": arguments.also_after != 0,
+        "--skip-unreadable": arguments.skip_unreadable,
+    }
+    for option, is_given in given.items():
+        if is_given:
+            raise UserError(
+                f"doctor: {option} is about a raw folder, but {arguments.shards} is a packed one, which one process "
+                "reads as it is: leave the option out"
+            )

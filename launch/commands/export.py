@@ -1,4 +1,4 @@
-"""`dino-scale export`: a weights file in a form that other programs read."""
+"""`dino-scale export`: a checkpoint as a weights file, or a weights file in a form that other programs read."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from dino_scale.checkpoint.official_convert import from_official, official_setti
 from dino_scale.checkpoint.official_model import OfficialModel
 from dino_scale.checkpoint.weights import Weights, load_weights, save_weights
 from dino_scale.errors import UserError
+from launch.checkpoint_choice import choose
+from launch.commands.output import require_new_file
 
 
 def run(arguments: argparse.Namespace) -> None:
     console = Console(highlight=False, soft_wrap=True)
-    if arguments.out.exists():
-        raise UserError(f"--out is {arguments.out}, which exists: give the name of a new file")
+    _require_one_source(arguments)
+    require_new_file(arguments.out)
+    if arguments.source is not None:
+        _from_checkpoint(arguments, console)
+        return
     weights = load_weights(arguments.weights)
     if arguments.format == "safetensors":
         save_weights(arguments.out, weights)
@@ -29,6 +34,37 @@ def run(arguments: argparse.Namespace) -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     _save(arguments.out, content)
     console.print(f"{len(content['model'])} entries under official names in {arguments.out}")
+
+
+def _require_one_source(arguments: argparse.Namespace) -> None:
+    if (arguments.source is None) == (arguments.weights is None):
+        raise UserError("export: expected either a checkpoint or run folder, or --weights W")
+    if arguments.weights is not None and arguments.format is None:
+        raise UserError("export: --weights needs --format: expected --format official or --format safetensors")
+    if arguments.source is not None and arguments.format == "official":
+        raise UserError(
+            f"export: --format {arguments.format} takes --weights W: write the weights file of {arguments.source} first"
+        )
+    for option, given in (
+        ("--best", arguments.best),
+        ("--stage", arguments.stage is not None),
+        ("--no-ema", arguments.no_ema),
+    ):
+        if given and arguments.source is None:
+            raise UserError(
+                f"export: {option} is about checkpoints: expected a checkpoint or run folder, not --weights"
+            )
+
+
+def _from_checkpoint(arguments: argparse.Namespace, console: Console) -> None:
+    chosen = choose(arguments.source, arguments.stage, best=arguments.best)
+    console.print(f"{chosen.folder} ...")
+    done = chosen.export(arguments.out, averaged=not arguments.no_ema)
+    manifest, what = done.manifest, "averaged weights" if done.averaged else "weights as trained"
+    best = manifest.best
+    measured = f", {best.metric} {best.value:.3f}" if best is not None and best.step == manifest.step else ""
+    place = f"stage {chosen.stage}, step {manifest.step:,}{measured}"
+    console.print(f"{place}: {done.tensors} tensors, {what}, in {arguments.out}")
 
 
 def _official(weights: Weights) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from dino_scale.checkpoint.weights import Preparation, Weights, save_weights
 from dino_scale.config.schema import DataConfig, ModelConfig
 from dino_scale.errors import DataError, UserError
 from dino_scale.structures import Category
+from launch.commands.output import require_new_file
 
 # The rows of an official class head are raw category ids, the ids that no class has included.
 _KNOWN_HEADS = {91: coco_categories, 366: objects365_categories}
@@ -42,8 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _require_usable(arguments: argparse.Namespace) -> None:
-    if arguments.out.exists():
-        raise UserError(f"--out is {arguments.out}, which exists: give the name of a new file")
+    require_new_file(arguments.out)
     if not 0 < arguments.short_side <= arguments.max_size:
         raise UserError(
             f"--short-side is {arguments.short_side} and --max-size {arguments.max_size}: expected "

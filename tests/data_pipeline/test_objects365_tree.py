@@ -133,6 +133,9 @@ def test_commands(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pack", *raw, "--out", str(tree.root / "shards")]) == 0
     assert main(["doctor", str(tree.root / "shards")]) == 0
     assert "11 images" in capsys.readouterr().out
+    for option in ("--workers=2", "--address=auto", "--format=objects365", "--first=3", "--skip-unreadable"):
+        assert main(["doctor", str(tree.root / "shards"), option]) == 2
+        assert f"doctor: {option.partition('=')[0]} is about a raw folder" in capsys.readouterr().err
     assert main(["doctor"]) == 2 and main(["doctor", str(tree.root / "shards"), *raw]) == 2
     (tree.root / "shards/shard-00000.tar").unlink()
     assert main(["doctor", str(tree.root / "shards")]) == 3

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,27 @@ def test_help_shows_an_example_that_parses(command: str, capsys: pytest.CaptureF
     example = text.split("example:\n")[1].split()
     assert example[:2] == ["dino-scale", command]
     assert cli.build_parser().parse_args(example[1:])
+
+
+def test_every_command_has_what_it_runs() -> None:
+    """Commands are imported by name when they run, which no other check looks into."""
+    names = [parser.get_default("run").args[0] for parser in _parsers(cli.build_parser()) if _is_named(parser)]
+    assert len(names) >= 15
+    for name in names:
+        assert callable(importlib.import_module(f"launch.commands.{name}").run)
+
+
+def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Of all commands, those of `bench` included."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from _parsers(below)
+
+
+def _is_named(parser: argparse.ArgumentParser) -> bool:
+    return isinstance(parser.get_default("run"), functools.partial)
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

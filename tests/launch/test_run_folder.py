@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from dino_scale.config.decode import dump_chain
-from dino_scale.config.schema import ChainConfig, ScheduleConfig, StageConfig
+from dino_scale.config.dump import leaves
+from dino_scale.config.schema import ChainConfig, LaunchConfig, ScheduleConfig, StageConfig, StartConfig
 from dino_scale.errors import ConfigError, RunFolderError
 from launch import run_folder
 from launch.run_folder import RunFolder, StageState, require_new, write_text
@@ -95,6 +96,51 @@ def test_naming_a_key_does_not_excuse_its_neighbours(folder: RunFolder) -> None:
     with pytest.raises(RunFolderError) as caught:
         RunFolder.open(folder.path, ["seed=7"])
     assert str(caught.value).splitlines()[1:] == ['  name: was "test", is "other"']
+
+
+NEW = ("stages.first.augmentation.flip", "stages.second.schedule.decay", "launch.retries", "model.denoising.kind")
+
+
+def forget(folder: RunFolder, keys: tuple[str, ...]) -> None:
+    """As a program left the run folder that did not know `keys` yet."""
+    edit(lambda content: [content["config"].pop(key) for key in keys])(folder.path)
+    write_text(folder.path / "config.yaml", dump_chain(folder.config, without=keys))
+
+
+def test_a_key_that_the_program_has_gained_takes_its_default(folder: RunFolder) -> None:
+    forget(folder, NEW)
+    assert "\n      decay:" not in (folder.path / "config.yaml").read_text().partition("second:")[2]
+    again = RunFolder.open(folder.path)
+    assert again.config == CONFIG
+    write_text(folder.path / "config.yaml", dump_chain(CONFIG))  # a resume that ended between the two files
+    assert RunFolder.open(folder.path).config == CONFIG
+    again.accept_config()
+    assert RunFolder.open(folder.path) == folder
+
+
+def test_a_whole_section_that_the_program_has_gained_takes_its_default(folder: RunFolder) -> None:
+    section = tuple(key for key in leaves(CONFIG) if key.startswith("stages.first.evaluation."))
+    assert len(section) > 3
+    forget(folder, section)
+    assert RunFolder.open(folder.path).config == CONFIG
+
+
+def test_a_gained_key_of_another_value_is_refused(folder: RunFolder) -> None:
+    forget(folder, NEW)
+    text = dump_chain(replace(CONFIG, launch=LaunchConfig(retries=9)))
+    write_text(folder.path / "config.yaml", text)
+    with pytest.raises(RunFolderError) as caught:
+        RunFolder.open(folder.path)
+    assert str(caught.value).splitlines()[1:] == ["  launch.retries: was 5, is 9"]
+    assert RunFolder.open(folder.path, ["launch.retries=9"]).config.launch.retries == 9
+
+
+def test_an_entry_of_a_table_has_no_default(folder: RunFolder) -> None:
+    """Its absence says something, unlike that of a key."""
+    first = replace(STAGE, start=StartConfig(class_choices={"tv. new": "Monitor/TV"}))
+    write_text(folder.path / "config.yaml", dump_chain(replace(CONFIG, stages=CONFIG.stages | {"first": first})))
+    with pytest.raises(RunFolderError, match=r'class_choices.tv. new: was absent, is "Monitor/TV"'):
+        RunFolder.open(folder.path)
 
 
 def edit(change: Callable[[dict], object]) -> Callable[[Path], object]:

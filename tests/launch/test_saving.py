@@ -1,4 +1,5 @@
-"""Saving as a user meets it: by time, on a signal, the best apart; a resumed run ends with the very same checkpoint.
+"""Saving as a user meets it: by time, on a signal, the best apart, and what `export` makes of it; a resumed run ends
+with the very same checkpoint.
 
 One small chain in one process, in bf16 as is the default, run undisturbed and then stopped, looked at and resumed.
 """
@@ -6,6 +7,7 @@ One small chain in one process, in bf16 as is the default, run undisturbed and t
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,9 +16,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from data_pipeline.index import Index
 from dino_scale.checkpoint.manifest import Manifest, verify
+from dino_scale.checkpoint.weights import load_weights
+from dino_scale.checkpoint.whole import read_whole
+from dino_scale.config.decode import load_chain
+from dino_scale.model.dino import build_model
+from launch.cli import main
 from launch.run_folder import RunFolder
+from launch.worker import start_from
 
 STEPS = 20
 CHAIN = """
@@ -97,6 +107,73 @@ def test_the_best_is_kept_apart_from_the_newest(undisturbed: Path) -> None:
     assert manifest.best is not None
     assert (manifest.best.metric, manifest.best.value, manifest.best.step) == ("AP", measured[best], best)
     assert not list((undisturbed / "checkpoints").glob(".*"))
+
+
+def exported(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """What `export` says, run in this process."""
+    assert main(["export", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_last_checkpoint_exports_as_the_weights_file_of_the_stage(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = undisturbed / "checkpoints" / f"step_{STEPS:08d}"
+    assert f"stage train, step {STEPS}" in exported(capsys, undisturbed.parent, "--out", tmp_path / "run.safetensors")
+    exported(capsys, last, "--out", tmp_path / "checkpoint.safetensors")
+    for name in ("run", "checkpoint"):
+        assert (tmp_path / f"{name}.safetensors").read_bytes() == (undisturbed / "weights.safetensors").read_bytes()
+    text = exported(capsys, last, "--no-ema", "--out", tmp_path / "raw.safetensors")
+    assert "weights as trained" in text
+    found, expected = load_weights(tmp_path / "raw.safetensors").state, read_whole(last, "fp32")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_best_checkpoint_gives_its_evaluation_and_a_start(
+    undisturbed: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also while the stage is not finished: what its weights file says is then taken from the shards."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed.parent, run)
+    (run / "train" / "weights.safetensors").unlink()
+    best = tmp_path / "best.safetensors"
+    said = exported(capsys, run, "--best", "--out", best)
+    measured = evaluations(undisturbed)
+    step = max(measured, key=lambda step: (measured[step], -step))
+    assert f"step {step}, AP {measured[step]:.3f}" in said and "averaged weights" in said
+    validation = tiny_data / "objects" / "validation"
+    assert main(["evaluate", "--weights", str(best), "--data", str(validation), "--out", str(tmp_path / "out")]) == 0
+    metrics = json.loads((tmp_path / "out" / "evaluation.json").read_text())["metrics"]
+    assert metrics == json.loads((undisturbed / "evaluation" / f"step_{step:08d}.json").read_text())["metrics"]
+    config = load_chain(run / "config.yaml")
+    index = Index.open(tiny_data / "objects" / "train")
+    model = build_model(config.model, len(index.categories))
+    start_from(model, best, index, config.stages["train"])
+    assert all(torch.equal(value, load_weights(best).state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["{run}", "--weights", "w"], "either a checkpoint or run folder, or --weights"),
+        ([], "either a checkpoint or run folder, or --weights"),
+        (["--weights", "w"], "--weights needs --format"),
+        (["--weights", "w", "--format", "official", "--best"], "--best is about checkpoints"),
+        (["{run}", "--format", "official"], "--format official takes --weights"),
+        (["{run}/train/checkpoints/step_00000020", "--best"], "--stage and --best choose one of a run folder"),
+        (["{run}", "--stage", "other"], "--stage is 'other': expected one of train"),
+        (["{run}/train"], "expected a run folder R, or a checkpoint in its place"),
+        (["{run}/nowhere"], "is no folder"),
+        (["{run}", "--out", "{run}/config.yaml"], "config.yaml, which exists"),
+    ],
+)
+def test_mistakes_of_export_are_one_line(
+    undisturbed: Path, tmp_path: Path, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [argument.format(run=undisturbed.parent) for argument in arguments]
+    assert main(["export", "--out", str(tmp_path / "x"), *given]) == 2
+    errors = capsys.readouterr().err
+    assert expected in errors and len(errors.splitlines()) == 1
 
 
 def wait_until(process: subprocess.Popen[str], reached: object, what: str) -> None:

@@ -61,10 +61,10 @@ def average_and_poison(stage: int) -> dict[str, Any]:
     return {"before": before, "after": after, "state": state, "applied": applied, "loss": loss}
 
 
-def build(stage: int, precision: str = "fp32") -> tuple[ZeroEngine, int]:
+def build(stage: int, precision: str = "fp32", **changes: Any) -> tuple[ZeroEngine, int]:
     """The engine, one group per block of the backbone, and the microbatches that are this rank's in every step."""
     torch.manual_seed(0)
-    model = build_model(tiny(denoising=DenoisingConfig(queries=4), attention="auto"), CLASSES).train()
+    model = build_model(tiny(denoising=DenoisingConfig(queries=4), attention="auto", **changes), CLASSES).train()
     parts = 2 // distributed.world_size()
     rates = OptimizerConfig(learning_rate=1e-3, backbone_learning_rate=1e-3, backbone_layer_decay=0.9)
     engine = ZeroEngine(

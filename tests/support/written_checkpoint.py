@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dino_scale.checkpoint.manifest import Group, Manifest, Piece, tensor_key
-from dino_scale.checkpoint.ranges import ITEM, ShardWriter
+from dino_scale.checkpoint.ranges import ShardWriter, vector
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 SHAPES = {"head.weight": (3, 7), "gain": (1,), "body.weight": (13, 11), "body.bias": (13,)}
@@ -32,7 +32,7 @@ def write_checkpoint(folder: Path, shapes: dict[str, tuple[int, ...]] = SHAPES, 
         files[file] = _write_shard(folder / file, held, dice)
         for name, start, numel in held:
             pieces.setdefault(name, []).append(Piece(file, start, numel))
-    common = ShardWriter(folder / "common.safetensors", [("offset", 5)])
+    common = ShardWriter(folder / "common.safetensors", {"offset": vector(5)})
     common.write(bytes(range(20)))
     files["common.safetensors"] = common.close()
     ordered = {name: tuple(sorted(held, key=lambda piece: piece.start)) for name, held in pieces.items()}
@@ -57,10 +57,10 @@ def write_checkpoint(folder: Path, shapes: dict[str, tuple[int, ...]] = SHAPES, 
 
 
 def _write_shard(path: Path, held: list[tuple[str, int, int]], dice: random.Random):
-    contents = [(tensor_key(kind, name, start), numel) for kind in KINDS for name, start, numel in held]
+    contents = {tensor_key(kind, name, start): vector(numel) for kind in KINDS for name, start, numel in held}
     writer = ShardWriter(path, contents)
-    for _, numel in contents:
-        writer.write(dice.randbytes(ITEM * numel))
+    for entry in contents.values():
+        writer.write(dice.randbytes(entry.bytes))
     return writer.close()
 
 
