@@ -1,54 +1,30 @@
 """Reads COCO-format annotation files (COCO, Objects365 v2, one's own) into columns, trusting nothing in them.
 
-Repairs are counted and reported; what cannot be repaired without guessing is a DataError that names file, id, value
-and remedy.
+Repairs are counted and reported; what cannot be repaired without guessing is a defect: a DataError that names file, id,
+value and remedy.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.annotation_elements import Elements
 from data_pipeline.categories import objects365_categories, objects365_misspelt
+from data_pipeline.findings import Defect, Findings, Repair, shortened
 from data_pipeline.json_stream import stream_object
-from dino_scale.errors import DataError
 from dino_scale.structures import Category
 
 AnnotationFormat = Literal["coco", "objects365"]
-FLAGS = ("iscrowd", "isfake", "isreflected")  # bit 0, 1, 2 of the flag column; the last two exist in Objects365 only
 CROWD = 1
-_LARGEST_ID = 2**62
-_LARGEST_SIDE = 2**20
-_EXAMPLES = 20
-_UNFIT_FOR_NAMES = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # what no terminal and no file system should be given
-
-
-@dataclass
-class Repairs:
-    """What was mended: how often, and the first few places of each kind."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, kind: str, place: str) -> None:
-        self.counts[kind] = self.counts.get(kind, 0) + 1
-        places = self.examples.setdefault(kind, [])
-        if len(places) < _EXAMPLES:
-            places.append(place)
-
-    def add_all(self, other: Repairs) -> None:
-        for kind, count in other.counts.items():
-            self.counts[kind] = self.counts.get(kind, 0) + count
-            places = self.examples.setdefault(kind, [])
-            places += other.examples[kind][: _EXAMPLES - len(places)]
+# Of one image. Published sets have hundreds at most. The matching of an image costs 4 bytes for every box, query and
+# decoder layer at the least: 0.25 GB here with the usual 900 queries and 7 predictions.
+MOST_BOXES = 10_000
 
 
 @dataclass(frozen=True)
@@ -82,189 +58,82 @@ class Annotations:
 def read_annotations(
     path: Path,
     format: AnnotationFormat,
-    repairs: Repairs,
+    findings: Findings,
     progress: Callable[[int, int], None] | None = None,
 ) -> Annotations:
-    """Reads and checks an annotation file; adds what it mends to `repairs`. Raises DataError (see the module).
+    """Reads and checks an annotation file; tells `findings` what it mends and what cannot be mended.
 
-    progress: told how many bytes of how many have been read.
+    progress: told how many bytes of how many have been read. Raises DataError where the file cannot be read on.
     """
-    reader = _Reader(Path(path))
-    for key, value in stream_object(reader.path, progress):
-        reader.take(key, value)
-    reader.check_complete()
-    categories = _mend_names(reader, format, repairs)
-    return reader.columns(categories, repairs)
+    elements = Elements(Path(path), findings)
+    for key, value in stream_object(elements.path, progress):
+        elements.take(key, value)
+    elements.check_complete()
+    return _columns(elements, _mend_names(elements, format), findings)
 
 
-class _Reader:
-    """Collects the file's elements into flat arrays, checking each as it passes."""
+def _columns(elements: Elements, categories: tuple[Category, ...], findings: Findings) -> Annotations:
+    image_ids = np.fromiter(elements.image_names, dtype=np.int64, count=len(elements.image_names))
+    raw_ids = np.array([category.id for category in categories], dtype=np.int64)
+    numbers = np.frombuffer(elements.numbers, dtype=np.int64).reshape(-1, 3)
+    rows, image_known = _places(elements, image_ids, numbers[:, 0], numbers[:, 2], "image")
+    labels, category_known = _places(elements, raw_ids, numbers[:, 1], numbers[:, 2], "category")
+    by_image = np.argsort(rows, kind="stable")
+    if not (image_known.all() and category_known.all()):
+        by_image = by_image[(image_known & category_known)[by_image]]
+    counts = np.bincount(rows[by_image], minlength=len(image_ids))
+    file_names = list(elements.image_names.values())
+    _refuse_crowded(elements, image_ids, counts)
+    boxes = np.frombuffer(elements.boxes, dtype=np.float64).reshape(-1, 4)[by_image]
+    sizes = np.frombuffer(elements.sizes, dtype=np.int64).reshape(-1, 2)
+    found = Annotations(
+        path=elements.path,
+        categories=categories,
+        image_ids=image_ids,
+        file_names=file_names,
+        widths=sizes[:, 0].copy(),
+        heights=sizes[:, 1].copy(),
+        box_offsets=np.concatenate([[0], np.cumsum(counts)]),
+        boxes=boxes,
+        areas=np.frombuffer(elements.areas, dtype=np.float64)[by_image],
+        labels=labels[by_image].astype(np.int32),
+        flags=np.frombuffer(elements.flags, dtype=np.uint8)[by_image],
+        annotation_ids=numbers[by_image, 2],
+    )
+    return _mend_ids(_mend_areas(found, findings), findings)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.seen: set[str] = set()
-        self.categories: dict[int, str] = {}
-        self.category_names: set[str] = set()
-        self.image_names: dict[int, str] = {}
-        self.sizes = array("q")
-        self.numbers = array("q")  # image id, category id, annotation id of each box
-        self.boxes = array("d")
-        self.areas = array("d")
-        self.flags = array("B")
 
-    def take(self, key: str, value: Any) -> None:
-        takers = {"categories": self._category, "images": self._image, "annotations": self._annotation}
-        if key not in takers:
-            return
-        if key not in self.seen:
-            if value is not None:
-                raise DataError(
-                    f"{self.path}: '{key}' is {_shown(value)}: expected a list; is this a COCO-format file?"
-                )
-            self.seen.add(key)
-            return
-        if not isinstance(value, dict):
-            raise DataError(
-                f"{self.path}: '{key}' holds {_shown(value)}: expected objects; is this a COCO-format file?"
+def _places(
+    elements: Elements, known: NDArray[np.int64], wanted: NDArray[np.int64], annotations: NDArray[np.int64], kind: str
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Place of every wanted id in `known`, and whether it is there at all; one that is not is a defect."""
+    order = np.argsort(known)
+    places = order[np.searchsorted(known[order], wanted).clip(max=len(known) - 1)]
+    there = known[places] == wanted
+    for row in np.flatnonzero(~there).tolist():
+        if int(wanted[row]) not in elements.refused[kind]:
+            text = (
+                f"{elements.path}: annotation {annotations[row]}: {kind}_id is {wanted[row]}, an unknown {kind} id: "
+                f"add the {kind} to the file or remove the annotation"
             )
-        takers[key](value)
+            elements.findings.refused(Defect(text, f"boxes_of_unknown_{kind}"))
+    return places, there
 
-    def check_complete(self) -> None:
-        for key in ("images", "annotations", "categories"):
-            if key not in self.seen:
-                raise DataError(f"{self.path}: key '{key}' is missing: expected a COCO-format annotation file")
-        if not self.image_names:
-            raise DataError(f"{self.path}: 'images' is empty: expected at least one image; check the file")
-        if not self.categories:
-            raise DataError(f"{self.path}: 'categories' is empty: expected at least one class; check the file")
 
-    def _category(self, item: dict[str, Any]) -> None:
-        number = self._id(item, "id", f"category number {len(self.categories) + 1} of the list")
-        name = item.get("name")
-        if not isinstance(name, str) or not name.strip() or _UNFIT_FOR_NAMES.search(name):
-            raise DataError(
-                f"{self.path}: category {number}: name is {_shown(name)}: expected text without control characters; "
-                "correct it"
-            )
-        if number in self.categories:
-            raise DataError(
-                f"{self.path}: category id {number} occurs twice ('{self.categories[number]}' and '{name}'): "
-                "expected unique ids; renumber one"
-            )
-        if name in self.category_names:
-            raise DataError(f"{self.path}: category name '{name}' occurs twice: expected unique names; rename one")
-        self.categories[number] = name
-        self.category_names.add(name)
-
-    def _image(self, item: dict[str, Any]) -> None:
-        number = self._id(item, "id", f"image number {len(self.image_names) + 1} of the list")
-        name = item.get("file_name")
-        if not isinstance(name, str) or not _stays_inside(name):
-            raise DataError(
-                f"{self.path}: image {number}: file_name is {_shown(name)}: expected a path below the image folder "
-                "(no '..', no leading '/', no backslash, no control characters); correct it"
-            )
-        if number in self.image_names:
-            raise DataError(
-                f"{self.path}: image id {number} occurs twice ('{self.image_names[number]}' and '{name}'): "
-                "expected unique ids; remove or renumber one"
-            )
-        self.image_names[number] = name
-        for side in ("width", "height"):
-            value = item.get(side)
-            if type(value) is not int or not 0 < value <= _LARGEST_SIDE:
-                raise DataError(
-                    f"{self.path}: image {number} ('{name}'): {side} is {_shown(value)}: expected a whole number of "
-                    f"pixels from 1 to {_LARGEST_SIDE}; correct it"
-                )
-            self.sizes.append(value)
-
-    def _annotation(self, item: dict[str, Any]) -> None:
-        number = self._id(item, "id", f"annotation number {len(self.flags) + 1} of the list")
-        image, category = (self._id(item, key, f"annotation {number}") for key in ("image_id", "category_id"))
-        box = item.get("bbox")
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_usable_number, box)):
-            raise self._bad_box(number, image, box, "expected four finite numbers x, y, width, height")
-        if box[2] < 0 or box[3] < 0:
-            raise self._bad_box(number, image, box, "expected a width and height of 0 or more")
-        area: Any = item.get("area")
-        usable = _is_usable_number(area) and area >= 0
-        flags = 0
-        for bit, name in enumerate(FLAGS):
-            flag = item.get(name, 0)
-            if flag not in (0, 1):
-                raise DataError(
-                    f"{self.path}: annotation {number}: {name} is {_shown(flag)}: expected 0 or 1; correct it"
-                )
-            flags |= int(flag) << bit
-        self.numbers.extend((image, category, number))
-        self.boxes.extend(box)
-        self.areas.append(area if usable else math.nan)
-        self.flags.append(flags)
-
-    def _bad_box(self, annotation: int, image: int, box: object, expected: str) -> DataError:
-        return DataError(
-            f"{self.path}: annotation {annotation} of image {image}: bbox is {_shown(box)}: {expected}; "
-            "correct or remove the annotation"
+def _refuse_crowded(elements: Elements, image_ids: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+    for row in np.flatnonzero(counts > MOST_BOXES).tolist():
+        image = int(image_ids[row])
+        name = shortened(elements.image_names[image])
+        text = (
+            f"{elements.path}: image {image} ('{name}') has {counts[row]} boxes: expected at most {MOST_BOXES} of one "
+            "image; remove boxes or cut the image into parts"
         )
-
-    def _id(self, item: dict[str, Any], key: str, owner: str) -> int:
-        value = item.get(key)
-        if type(value) is not int or not 0 <= value <= _LARGEST_ID:
-            raise DataError(
-                f"{self.path}: {owner}: {key} is {_shown(value)}: expected a whole number of 0 or more; correct it"
-            )
-        return value
-
-    def columns(self, categories: tuple[Category, ...], repairs: Repairs) -> Annotations:
-        image_ids = np.fromiter(self.image_names, dtype=np.int64, count=len(self.image_names))
-        numbers = np.frombuffer(self.numbers, dtype=np.int64).reshape(-1, 3)
-        rows = self._places(image_ids, numbers[:, 0], numbers[:, 2], "image_id", "image")
-        raw_ids = np.array([category.id for category in categories], dtype=np.int64)
-        labels = self._places(raw_ids, numbers[:, 1], numbers[:, 2], "category_id", "category")
-        by_image = np.argsort(rows, kind="stable")
-        boxes = np.frombuffer(self.boxes, dtype=np.float64).reshape(-1, 4)[by_image]
-        annotation_ids = numbers[by_image, 2]
-        sizes = np.frombuffer(self.sizes, dtype=np.int64).reshape(-1, 2)
-        return Annotations(
-            path=self.path,
-            categories=categories,
-            image_ids=image_ids,
-            file_names=list(self.image_names.values()),
-            widths=sizes[:, 0].copy(),
-            heights=sizes[:, 1].copy(),
-            box_offsets=np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(image_ids)))]),
-            boxes=boxes,
-            areas=_mend_areas(np.frombuffer(self.areas, dtype=np.float64)[by_image], boxes, annotation_ids, repairs),
-            labels=labels[by_image].astype(np.int32),
-            flags=np.frombuffer(self.flags, dtype=np.uint8)[by_image],
-            annotation_ids=_mend_ids(annotation_ids, repairs),
-        )
-
-    def _places(
-        self,
-        known: NDArray[np.int64],
-        wanted: NDArray[np.int64],
-        annotations: NDArray[np.int64],
-        key: str,
-        kind: str,
-    ) -> NDArray[np.int64]:
-        """Place of every wanted id in `known`; an id that is not there is a DataError."""
-        order = np.argsort(known)
-        places = order[np.searchsorted(known[order], wanted).clip(max=len(known) - 1)]
-        unknown = np.flatnonzero(known[places] != wanted)
-        if len(unknown):
-            first = int(unknown[0])
-            raise DataError(
-                f"{self.path}: annotation {annotations[first]}: {key} is {wanted[first]}, an unknown {kind} id "
-                f"({len(unknown)} such annotations): add the {kind} to the file or remove the annotation"
-            )
-        return places
+        elements.findings.refused(Defect(text, "images_with_too_many_boxes"))
 
 
-def _mend_names(reader: _Reader, format: AnnotationFormat, repairs: Repairs) -> tuple[Category, ...]:
+def _mend_names(elements: Elements, format: AnnotationFormat) -> tuple[Category, ...]:
     """Categories in order of id; under `objects365` misspelt names are corrected and other tables refused."""
-    found = [Category(number, name) for number, name in sorted(reader.categories.items())]
+    found = [Category(number, name) for number, name in sorted(elements.categories.items())]
     if format == "coco":
         return tuple(found)
     official = {category.id: category.name for category in objects365_categories()}
@@ -273,47 +142,40 @@ def _mend_names(reader: _Reader, format: AnnotationFormat, repairs: Repairs) -> 
     for category in found:
         name = misspelt.get(category.name, category.name)
         if official.get(category.id) != name:
-            raise DataError(
-                f"{reader.path}: category {category.id} is '{category.name}', in Objects365 v2 it is "
+            text = (
+                f"{elements.path}: category {category.id} is '{category.name}', in Objects365 v2 it is "
                 f"'{official.get(category.id, 'unknown')}': use the v2 files (zhiyuan_objv2_*.json) or --format coco"
             )
+            elements.findings.refused(Defect(text, "categories_unlike_objects365"))
         if name != category.name:
-            repairs.add("category_names_corrected", f"category {category.id}: '{category.name}' -> '{name}'")
+            what = f"'{category.name}' -> '{name}'"
+            elements.findings.mended(
+                Repair("category_names_corrected", elements.path.name, "category", category.id, what)
+            )
         mended.append(Category(category.id, name))
     return tuple(mended)
 
 
-def _mend_areas(
-    areas: NDArray[np.float64], boxes: NDArray[np.float64], ids: NDArray[np.int64], repairs: Repairs
-) -> NDArray[np.float64]:
-    missing = np.flatnonzero(np.isnan(areas))
-    for row in missing:
-        repairs.add("areas_from_boxes", f"annotation {ids[row]}")
-    areas = areas.copy()
-    areas[missing] = boxes[missing, 2] * boxes[missing, 3]
-    return areas
+def _mend_areas(found: Annotations, findings: Findings) -> Annotations:
+    missing = np.flatnonzero(np.isnan(found.areas))
+    if not len(missing):
+        return found
+    areas = found.areas.copy()
+    areas[missing] = found.boxes[missing, 2] * found.boxes[missing, 3]
+    images = np.searchsorted(found.box_offsets, missing, side="right") - 1
+    for row, image in zip(missing.tolist(), images.tolist(), strict=True):
+        what, number = f"{areas[row]}, width x height", int(found.annotation_ids[row])
+        findings.mended(Repair("areas_from_boxes", found.file_names[image], "annotation", number, what))
+    return replace(found, areas=areas)
 
 
-def _mend_ids(ids: NDArray[np.int64], repairs: Repairs) -> NDArray[np.int64]:
+def _mend_ids(found: Annotations, findings: Findings) -> Annotations:
     """COCO evaluation needs unique ids above 0; where the file's are not, all boxes are numbered anew."""
+    ids = found.annotation_ids
     values, counts = np.unique(ids, return_counts=True)
     if len(values) == len(ids) and (not len(ids) or values[0] > 0):
-        return ids
+        return found
     culprit = 0 if values[0] == 0 else int(values[counts > 1][0])
-    repairs.add("annotation_ids_renumbered", f"annotation id {culprit} is 0 or occurs twice; all were numbered anew")
-    return np.arange(1, len(ids) + 1, dtype=np.int64)
-
-
-def _is_usable_number(value: Any) -> bool:
-    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < _LARGEST_ID)
-
-
-def _stays_inside(name: str) -> bool:
-    if not name.strip() or name.startswith("/") or "\\" in name or _UNFIT_FOR_NAMES.search(name):
-        return False
-    return ".." not in PurePosixPath(name).parts
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return "missing" if value is None else text if len(text) <= 80 else text[:77] + "..."
+    what = "the id is 0 or occurs twice; all were numbered anew"
+    findings.mended(Repair("annotation_ids_renumbered", found.path.name, "annotation", culprit, what))
+    return replace(found, annotation_ids=np.arange(1, len(ids) + 1, dtype=np.int64))

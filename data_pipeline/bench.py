@@ -241,4 +241,4 @@ def write_large_index(folder: Path, samples: int) -> None:
     files = [f"index/{name}.npy" for name in sorted(shapes)]
     entries = tuple(FileEntry(name, (folder / name).stat().st_size, "0" * 64) for name in files)
     shard = FileEntry("shard-00000.tar", 0, "0" * 64)
-    Manifest(samples, boxes, objects365_categories(), (shard,), entries, {"format": "objects365"}).write(folder)
+    Manifest(samples, boxes, objects365_categories(), (shard,), entries, {"format": "objects365"}, ()).write(folder)

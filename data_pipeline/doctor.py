@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.annotations import FLAGS, AnnotationFormat
+from data_pipeline.annotation_elements import FLAGS
+from data_pipeline.annotations import AnnotationFormat
 from data_pipeline.checksum import crc32
+from data_pipeline.findings import Findings, Tally
 from data_pipeline.index import Index
 from data_pipeline.manifest import REMEDY
 from data_pipeline.packing_plan import Plan, Progress, Selection, Source, report_of
@@ -23,13 +25,15 @@ from dino_scale.errors import DataError
 
 @dataclass(frozen=True)
 class Examination:
-    """What `pack` would write: images, boxes, classes, shards, and the content of report.json."""
+    """What `pack` would write: images, boxes, classes, shards (0 where it cannot be told), and the content of
+    report.json. defects: what it would stop at; empty: nothing."""
 
     samples: int
     boxes: int
     categories: int
     shards: int
     report: dict[str, Any]
+    defects: Tally
 
 
 def examine(
@@ -44,21 +48,37 @@ def examine(
     workers: int = 1,
     runner: Runner | None = None,
 ) -> Examination:
-    """All that `pack` would find in the same input, and nothing written. Raises what it would raise."""
+    """All that `pack` would find in the same input, and nothing written.
+
+    Where `pack` stops at its first defect, this goes on: each kind is counted, with its first places. An annotation
+    file that cannot be read to its end, or of which nothing usable is left, is one defect more and the last.
+    """
     selection, runner = selection or Selection(), runner or LocalProcesses(workers)
     source = Source(annotations, images, format, 0, samples_per_shard, verify, selection, runner, progress)
-    plan = Plan.make(source)
+    findings = Findings(collect=True)
+    counts = (0, 0, 0, 0)
+    try:
+        counts = _examine(source, findings)
+    except DataError as error:
+        findings.defects.add("cannot_go_on", error)
+    return Examination(*counts, report_of(findings.repairs), findings.defects)
+
+
+def _examine(source: Source, findings: Findings) -> tuple[int, int, int, int]:
+    """Images, boxes, classes and shards."""
+    plan = Plan.make(source, findings)
     rows: list[int] = []
     done = 0
-    examined = runner.map(examine_shard, plan.tasks("", source))
-    for planned, (kept, repairs) in zip(plan.shards, examined, strict=True):
-        plan.repairs.add_all(repairs)
+    examined = source.runner.map(examine_shard, plan.tasks("", source))
+    for planned, (kept, repairs, defects) in zip(plan.shards, examined, strict=True):
+        findings.mended_all(repairs)
+        findings.defects.add_all(defects)
         rows += kept
         done += len(planned)
         source.tell("decoding images", done, len(plan.order))
     found = plan.found.annotations
     boxes = int(np.diff(found.box_offsets)[np.array(rows, dtype=np.int64)].sum())
-    return Examination(len(rows), boxes, len(found.categories), len(plan.shards), report_of(plan.repairs))
+    return len(rows), boxes, len(found.categories), len(plan.shards)
 
 
 def check_shards(folder: Path, progress: Callable[[int, int], None] | None = None) -> Index:

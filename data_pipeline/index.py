@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.annotations import CROWD
+from data_pipeline.annotations import CROWD, MOST_BOXES
 from data_pipeline.manifest import REMEDY, FileEntry, Manifest, describe_file, read_manifest
 from data_pipeline.remote import RemoteFolder
 from data_pipeline.shard_cache import ShardCache
@@ -144,7 +144,8 @@ class Index:
 
     def verify(self) -> None:
         """Reads every file and compares its SHA-256. Raises DataError naming the first that differs."""
-        for entry in (*self.manifest.shards, *self.manifest.columns):
+        for entry in (*self.manifest.shards, *self.manifest.columns, *self.manifest.reports):
+            _check_size(self.folder, entry)
             found = describe_file(self.folder, entry.name)
             if found.sha256 != entry.sha256:
                 raise DataError(
@@ -180,6 +181,10 @@ class Index:
             raise DataError(f"{self.folder}/index/image_offsets.npy: leads out of a shard: {REMEDY}")
         if offsets[0] != 0 or offsets[-1] != self.manifest.boxes or (np.diff(offsets) < 0).any():
             raise DataError(f"{self.folder}/index/box_offsets.npy: is not a list of row numbers: {REMEDY}")
+        if (np.diff(offsets) > MOST_BOXES).any():
+            raise DataError(
+                f"{self.folder}/index/box_offsets.npy: has more than {MOST_BOXES} boxes of one image: {REMEDY}"
+            )
         labels = self.columns["labels"]
         if len(labels) and not (labels.min() >= 0 and labels.max() < len(self.categories)):
             raise DataError(f"{self.folder}/index/labels.npy: names a class that is not there: {REMEDY}")

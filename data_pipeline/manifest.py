@@ -13,11 +13,13 @@ from typing import Any
 from dino_scale.errors import DataError
 from dino_scale.structures import Category
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 REPORT = "report.json"
+REPAIRS = "repairs.jsonl"
 REMEDY = "make the folder anew with `dino-scale pack`"
 _SHARD_NAME = re.compile(r"shard-\d{5,}\.tar")
+_REPORT_NAME = re.compile(rf"{re.escape(REPORT)}|{re.escape(REPAIRS)}")
 _COLUMN_NAME = re.compile(r"index/[a-z0-9_]+\.npy")
 
 
@@ -32,7 +34,8 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a packed folder holds. source: format, seed and such, for people."""
+    """What a packed folder holds. source: format, seed and such; reports: files about what was mended; both for people,
+    so that a folder opens without the latter."""
 
     samples: int
     boxes: int
@@ -40,6 +43,7 @@ class Manifest:
     shards: tuple[FileEntry, ...]
     columns: tuple[FileEntry, ...]
     source: Mapping[str, str | int]
+    reports: tuple[FileEntry, ...]
 
     @property
     def digest(self) -> str:
@@ -88,6 +92,7 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
         shards=tuple(_entry(row, _SHARD_NAME) for row in content["shards"]),
         columns=tuple(_entry(row, _COLUMN_NAME) for row in content["columns"]),
         source=dict(content["source"]),
+        reports=tuple(_entry(row, _REPORT_NAME) for row in content["reports"]),
     )
 
 

@@ -10,18 +10,19 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.annotations import AnnotationFormat, Annotations
+from data_pipeline.findings import Findings, Repair
 from data_pipeline.index import BOX_COLUMNS, SAMPLE_COLUMNS
-from data_pipeline.manifest import REPORT, Manifest, describe_file
+from data_pipeline.manifest import REPAIRS, REPORT, Manifest, describe_file
 from data_pipeline.packing_plan import Plan, Progress, Selection, Source, report_of
 from data_pipeline.shard_writer import ATTEMPT, RECEIPTS, Receipt, Verify, write_shard
 from data_pipeline.tasks import LocalProcesses, Runner
@@ -32,7 +33,8 @@ _LOCK = "lock"
 
 @dataclass(frozen=True)
 class PackReport:
-    """What was written. repairs: how often each kind was needed; report.json lists places."""
+    """What was written. repairs: how often each kind was needed; report.json has the first places of each kind,
+    repairs.jsonl every one."""
 
     out: Path
     samples: int
@@ -71,13 +73,20 @@ def pack(
         raise UserError(f"{out}: exists already; expected a new folder: give another --out or remove it first")
     selection, runner = selection or Selection(), runner or LocalProcesses(workers)
     source = Source(annotations, images, format, seed, samples_per_shard, verify, selection, runner, progress)
-    plan = Plan.make(source)
     with _partial_folder(out, restart) as partial:
-        receipts = _write_shards(plan, partial, source)
+        with open(partial / REPAIRS, "w", encoding="utf-8") as listing:
+            findings = Findings(_line_by_line(listing))
+            plan = Plan.make(source, findings)
+            receipts = _write_shards(plan, partial, source)
         manifest = _finish(plan, partial, receipts, source)
         partial.rename(out)
     boxes, shards = manifest.boxes, len(manifest.shards)
-    return PackReport(out, manifest.samples, boxes, shards, manifest.digest, plan.repairs.counts)
+    return PackReport(out, manifest.samples, boxes, shards, manifest.digest, findings.repairs.counts)
+
+
+def _line_by_line(file: TextIO) -> Callable[[Repair], object]:
+    """There may be as many repairs as boxes: each goes to the file at once."""
+    return lambda repair: file.write(repair.to_json() + "\n")
 
 
 @contextmanager
@@ -119,7 +128,7 @@ def _write_shards(plan: Plan, partial: Path, source: Source) -> list[Receipt]:
         plan.shards, source.runner.map(write_shard, plan.tasks(str(partial), source)), strict=True
     ):
         receipts.append(receipt)
-        plan.repairs.add_all(receipt.repairs)
+        plan.findings.mended_all(receipt.repairs)
         done += len(task)
         source.tell("writing shards", done, len(plan.order))
     return receipts
@@ -144,6 +153,8 @@ def _finish(plan: Plan, partial: Path, receipts: list[Receipt], source: Source) 
         facts["first"] = source.selection.first
     if source.selection.also is not None:
         facts |= {"also": Path(source.selection.also).name, "also_after": source.selection.also_after}
+    text = json.dumps(report_of(plan.findings.repairs), indent=1) + "\n"
+    (partial / REPORT).write_text(text, encoding="utf-8")
     manifest = Manifest(
         samples=len(order),
         boxes=boxes,
@@ -151,10 +162,9 @@ def _finish(plan: Plan, partial: Path, receipts: list[Receipt], source: Source) 
         shards=tuple(receipt.shard for receipt in receipts),
         columns=tuple(describe_file(partial, name) for name in columns),
         source=facts,
+        reports=tuple(describe_file(partial, name) for name in (REPAIRS, REPORT)),
     )
     manifest.write(partial)
-    text = json.dumps(report_of(plan.repairs), indent=1) + "\n"
-    (partial / REPORT).write_text(text, encoding="utf-8")
     shutil.rmtree(partial / RECEIPTS)
     for path in partial.glob("shard-*"):  # of an earlier call with other input
         if path.name not in names:

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.annotations import FLAGS, AnnotationFormat, Annotations, Repairs, read_annotations
+from data_pipeline.annotation_elements import FLAGS
+from data_pipeline.annotations import AnnotationFormat, Annotations, read_annotations
+from data_pipeline.findings import Findings, Tally
 from data_pipeline.index import sample_key
 from data_pipeline.order import epoch_order
 from data_pipeline.selection import join, keep_images
@@ -72,18 +74,18 @@ class Source:
         if self.progress:
             self.progress(phase, done, total)
 
-    def read(self, repairs: Repairs) -> Annotations:
+    def read(self, findings: Findings) -> Annotations:
         """The chosen images of the annotation file or files."""
 
         def told(done: int, total: int) -> None:
             self.tell("reading annotations", done, total)
 
-        chosen = read_annotations(self.annotations, self.format, repairs, told)
+        chosen = read_annotations(self.annotations, self.format, findings, told)
         if self.selection.first:
             chosen = keep_images(chosen, np.arange(min(self.selection.first, len(chosen))))
         if self.selection.also is not None:
-            also = read_annotations(self.selection.also, self.format, repairs, told)
-            chosen = join(chosen, keep_images(also, np.arange(self.selection.also_after, len(also))), repairs)
+            also = read_annotations(self.selection.also, self.format, findings, told)
+            chosen = join(chosen, keep_images(also, np.arange(self.selection.also_after, len(also))), findings)
         return chosen
 
 
@@ -94,16 +96,15 @@ class Plan:
     found: Survey
     order: NDArray[np.int64]
     shards: list[NDArray[np.int64]]
-    repairs: Repairs
+    findings: Findings
 
     @classmethod
-    def make(cls, source: Source) -> Plan:
-        repairs = Repairs()
-        options = SurveyOptions(source.format, source.selection.skip_unreadable)
+    def make(cls, source: Source, findings: Findings) -> Plan:
+        options = SurveyOptions(source.format, source.selection.skip_unreadable, findings.collect)
         found = survey(
-            source.read(repairs),
+            source.read(findings),
             [Path(root) for root in source.images],
-            repairs,
+            findings,
             options,
             lambda done, total: source.tell("reading headers", done, total),
             source.runner,
@@ -111,12 +112,13 @@ class Plan:
         if not len(found.annotations.boxes):
             raise DataError(f"{source.annotations}: holds no usable box: expected at least one; check the file")
         order = epoch_order(len(found.annotations), source.seed, 0)
-        return cls(found, order, _deal(order, found.sizes, source.samples_per_shard), repairs)
+        return cls(found, order, _deal(order, found.sizes, source.samples_per_shard), findings)
 
     def tasks(self, folder: str, source: Source) -> Iterator[ShardTask]:
+        skip, collect = source.selection.skip_unreadable, self.findings.collect
         for number, rows in enumerate(self.shards):
             members = tuple(self._member(row) for row in rows.tolist())
-            yield ShardTask(number, folder, members, source.verify, source.selection.skip_unreadable)
+            yield ShardTask(number, folder, members, source.verify, skip, collect)
 
     def _member(self, row: int) -> Member:
         found, annotations = self.found, self.found.annotations
@@ -164,8 +166,8 @@ def describe_sample(annotations: Annotations, row: int) -> dict[str, Any]:
     }
 
 
-def report_of(repairs: Repairs) -> dict[str, Any]:
-    """The content of report.json."""
+def report_of(repairs: Tally) -> dict[str, Any]:
+    """The content of report.json: how often each repair was needed, and the first places."""
     return {
         "repairs": {
             kind: {"count": count, "first": repairs.examples[kind]} for kind, count in sorted(repairs.counts.items())

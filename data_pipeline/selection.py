@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.annotations import Annotations, Repairs
+from data_pipeline.annotations import Annotations
+from data_pipeline.findings import Findings, Repair
 from dino_scale.errors import DataError
 
 
@@ -32,7 +33,7 @@ def keep_images(annotations: Annotations, rows: NDArray[np.int64]) -> Annotation
     )
 
 
-def join(first: Annotations, second: Annotations, repairs: Repairs) -> Annotations:
+def join(first: Annotations, second: Annotations, findings: Findings) -> Annotations:
     """Both as one dataset. Raises DataError where their categories differ or an image id is in both.
 
     Where an annotation id is in both, all boxes are numbered anew, counted as one repair.
@@ -48,8 +49,10 @@ def join(first: Annotations, second: Annotations, repairs: Repairs) -> Annotatio
             "expected different images; renumber or remove them"
         )
     annotation_ids = np.concatenate([first.annotation_ids, second.annotation_ids])
-    if len(np.intersect1d(first.annotation_ids, second.annotation_ids)):
-        repairs.add("annotation_ids_renumbered", f"annotation ids of {second.path.name} are in {first.path.name} too")
+    shared = np.intersect1d(first.annotation_ids, second.annotation_ids)
+    if len(shared):
+        what = f"the id is in {first.path.name} too; all were numbered anew"
+        findings.mended(Repair("annotation_ids_renumbered", second.path.name, "annotation", int(shared[0]), what))
         annotation_ids = np.arange(1, len(annotation_ids) + 1, dtype=np.int64)
     return Annotations(
         path=first.path,

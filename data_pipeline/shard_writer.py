@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from data_pipeline.annotations import Repairs
 from data_pipeline.checksum import crc32
-from data_pipeline.decode import decode, encode_jpeg
+from data_pipeline.decode import JPEG_QUALITY, decode, encode_jpeg
+from data_pipeline.findings import Defect, Findings, Repair, Tally
 from data_pipeline.manifest import FileEntry, describe_file
 from dino_scale.errors import DataError
 
@@ -46,13 +46,15 @@ class Member:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """folder: where to write; empty: only look at the images. skip_unreadable: leave them out, counted."""
+    """folder: where to write; empty: only look at the images. skip_unreadable: leave them out, counted. collect:
+    count defects (`examine_shard` only) instead of raising the first."""
 
     number: int
     folder: str
     members: tuple[Member, ...]
     verify: Verify
     skip_unreadable: bool
+    collect: bool = False
 
     def digest(self) -> str:
         """Of everything that decides the shard's bytes; a file counts by its path, size and time."""
@@ -70,12 +72,13 @@ class Receipt:
     offsets: list[int]
     sizes: list[int]
     checksums: list[int]
-    repairs: Repairs = field(default_factory=Repairs)
+    repairs: list[Repair] = field(default_factory=list)
 
     @classmethod
     def parse(cls, text: str) -> Receipt:
         content = json.loads(text)
-        return cls(**{**content, "shard": FileEntry(**content["shard"]), "repairs": Repairs(**content["repairs"])})
+        repairs = [Repair(**row) for row in content["repairs"]]
+        return cls(**{**content, "shard": FileEntry(**content["shard"]), "repairs": repairs})
 
 
 def shard_name(number: int) -> str:
@@ -92,13 +95,13 @@ def write_shard(task: ShardTask) -> Receipt:
     name = shard_name(task.number)
     # Every attempt has a file of its own: on a cluster a machine that was given up may still be at work.
     partial = folder / f"{name}{ATTEMPT}{uuid.uuid4().hex[:12]}"
-    repairs = Repairs()
+    repairs: list[Repair] = []
     rows, checksums = [], []
     with (
         open(partial, "wb") as file,
         webdataset.TarWriter(file, encoder=False, mtime=0) as writer,
     ):
-        for member, image in readable_images(task, repairs):
+        for member, image in readable_images(task, Findings(repairs.append)):
             rows.append(member.row)
             checksums.append(crc32(image))
             writer.write({"__key__": member.key, "jpg": image, "json": member.content.encode()})
@@ -113,37 +116,41 @@ def write_shard(task: ShardTask) -> Receipt:
     return receipt
 
 
-def examine_shard(task: ShardTask) -> tuple[list[int], Repairs]:
-    """The rows that `write_shard` would write, and what it would mend; nothing is written."""
-    repairs = Repairs()
-    return [member.row for member, _ in readable_images(task, repairs)], repairs
+def examine_shard(task: ShardTask) -> tuple[list[int], list[Repair], Tally]:
+    """The rows that `write_shard` would write, what it would mend, and defects if collected; nothing is written."""
+    repairs: list[Repair] = []
+    findings = Findings(repairs.append, task.collect)
+    return [member.row for member, _ in readable_images(task, findings)], repairs, findings.defects
 
 
-def readable_images(task: ShardTask, repairs: Repairs) -> Iterator[tuple[Member, bytes]]:
+def readable_images(task: ShardTask, findings: Findings) -> Iterator[tuple[Member, bytes]]:
     """The members with their JPEG bytes: the file's own where they are a plain JPEG, otherwise encoded anew."""
     for member in task.members:
         try:
-            yield member, _image_bytes(member, task.verify, repairs)
+            image, encoded = _image_bytes(member, task.verify)
         except DataError as error:
-            if not task.skip_unreadable:
-                raise
-            repairs.add("images_unreadable_skipped", str(error))
+            if task.skip_unreadable:
+                what = str(error)
+                findings.mended(Repair("images_unreadable_skipped", member.file_name, "image", member.image_id, what))
+            else:
+                findings.refused(Defect(f"{member.path}: image {member.image_id} {error}", "images_unreadable"))
+            continue
+        if encoded:
+            what = f"JPEG of quality {JPEG_QUALITY}"
+            findings.mended(Repair("images_reencoded_as_jpeg", member.file_name, "image", member.image_id, what))
+        yield member, image
 
 
-def _image_bytes(member: Member, verify: Verify, repairs: Repairs) -> bytes:
+def _image_bytes(member: Member, verify: Verify) -> tuple[bytes, bool]:
+    """A JPEG, and whether it was encoded here. Raises DataError (message without the path)."""
     try:
         data = Path(member.path).read_bytes()
-        if member.plain_jpeg and verify == "header":
-            return data
-        pixels = decode(data)
     except OSError as error:
-        raise DataError(f"{member.path}: cannot be read ({error.strerror}): check the file") from None
-    except DataError as error:
-        raise DataError(f"{member.path}: image {member.image_id} {error}") from None
-    if member.plain_jpeg:
-        return data
-    repairs.add("images_reencoded_as_jpeg", member.file_name)
-    return encode_jpeg(pixels)
+        raise DataError(f"cannot be read ({error.strerror}): check the file") from None
+    if member.plain_jpeg and verify == "header":
+        return data, False
+    pixels = decode(data)
+    return (data, False) if member.plain_jpeg else (encode_jpeg(pixels), True)
 
 
 def _finished(folder: Path, receipt_path: Path, task: str) -> Receipt | None:

@@ -48,8 +48,8 @@ class CheckpointError(DataError):
     """A checkpoint that is torn, altered, or does not fit the run it is loaded into."""
 
 
-class NonFiniteError(DinoScaleError):
-    """Loss or gradient became NaN or infinite more often than the configuration allows."""
+class NonFiniteError(UserError):
+    """Gradients were NaN or infinite more often than the configuration allows; settings or data have to change."""
 
 
 class WorkerMemoryError(UserError):

@@ -31,6 +31,9 @@ def _kernels(what: Any, add: AddCommand) -> None:
     parser = add(what, "kernels", text, "dino-scale bench kernels --device cpu --out kernels.csv", run)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--turns", type=int, default=5, metavar="N", help="the least of N times counts; default 5")
+    parser.add_argument("--only", default="", metavar="TEXT", help="comparisons whose name contains this; default: all")
+    compiled = "no times: registers and spills of the kernels for GPUs that need not be here"
+    parser.add_argument("--compiled", action="store_true", help=compiled)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.csv", help="new file")
 
 

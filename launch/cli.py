@@ -125,7 +125,7 @@ def _demo(commands: Commands) -> None:
 
     text = "the whole chain on this machine with synthetic data: pack, pre-train, fine-tune, evaluate, report"
     parser = _command(commands, "demo", text, "dino-scale demo --run-dir runs/demo", run)
-    parser.add_argument("--run-dir", type=Path, metavar="R", help="new folder; default runs/demo-DATE-TIME")
+    parser.add_argument("--run-dir", type=_folder, metavar="R", help="new folder; default runs/demo-DATE-TIME")
 
 
 def _pack(commands: Commands) -> None:
@@ -208,7 +208,7 @@ def _train(commands: Commands) -> None:
     example = "dino-scale train configs/chain/demo.yaml --run-dir runs/first --set launch.workers=2"
     parser = _command(commands, "train", "run a chain of stages in a new run folder", example, run)
     parser.add_argument("chain", type=Path, metavar="CHAIN.yaml")
-    parser.add_argument("--run-dir", type=Path, metavar="R", help="new folder; default runs/NAME-DATE-TIME")
+    parser.add_argument("--run-dir", type=_folder, metavar="R", help="new folder; default runs/NAME-DATE-TIME")
     _add_insecure(parser)
     _add_overrides(parser)
 
@@ -221,7 +221,7 @@ def _resume(commands: Commands) -> None:
 
     text = "continue a run where it stopped, on whatever workers there are now"
     parser = _command(commands, "resume", text, "dino-scale resume runs/first --set launch.workers=1", run)
-    parser.add_argument("run_dir", type=Path, metavar="R", help="run folder of train or demo")
+    parser.add_argument("run_dir", type=_folder, metavar="R", help="run folder of train or demo")
     _add_insecure(parser)
     _add_overrides(parser)
 
@@ -273,7 +273,7 @@ def _report(commands: Commands) -> None:
 
     text = "write report.html of a run anew: curves, per-class AP, best and worst pictures"
     parser = _command(commands, "report", text, "dino-scale report runs/first", run)
-    parser.add_argument("run_dir", type=Path, metavar="R", help="run folder of train or demo")
+    parser.add_argument("run_dir", type=_folder, metavar="R", help="run folder of train or demo")
 
 
 def _import_official(commands: Commands) -> None:
@@ -341,6 +341,13 @@ def _inspect(commands: Commands) -> None:
 def _bench(commands: Commands) -> None:
     text = "measurements on this machine"
     add_benchmarks(commands.add_parser("bench", help=text, description=text), _command)
+
+
+def _folder(text: str) -> Path:
+    """Of a run: it needs renames and locks, which object stores do not have."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"is '{text}': expected a path on a file system that all workers share")
+    return Path(text)
 
 
 def _share(text: str) -> float:

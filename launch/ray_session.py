@@ -83,6 +83,13 @@ class RaySession:
                 f"launch.address is '{self.launch.address}': no Ray cluster answers there ({_first_line(error)}); "
                 "expected local, auto or host:port"
             ) from None
+        except RuntimeError as error:  # what Ray raises where no process of the cluster runs beside the driver
+            if self.is_local:
+                raise
+            raise UserError(
+                f"launch.address is '{self.launch.address}': this machine is no node of that cluster "
+                f"({_first_line(error)}); start the command on one of its nodes, or send it there by `ray job submit`"
+            ) from None
         except ray.exceptions.AuthenticationError as error:
             raise UserError(
                 f"the Ray cluster at {self.launch.address} refuses this machine's token ({_first_line(error)}): put "

@@ -24,6 +24,7 @@ from dino_scale.config.decode import dump_chain, load_chain
 from dino_scale.config.dump import differences, leaves
 from dino_scale.config.schema import ChainConfig
 from dino_scale.errors import RunFolderError
+from launch.same_samples import require_same_samples
 
 FORMAT = 1
 CONFIG, STATE, LOCK, WEIGHTS = "config.yaml", "chain.json", "lock", "weights.safetensors"
@@ -63,12 +64,15 @@ class RunFolder:
     def open(cls, path: Path, overrides: Sequence[str] = ()) -> RunFolder:
         """An existing one, with `overrides` applied to its configuration.
 
-        RunFolderError: no run folder, torn, or its configuration has changed in a key that no override names.
+        RunFolderError: no run folder, torn, its configuration has changed in a key that no override names, or in one
+        that decides which images a stage that has begun reads next.
         """
         content = _read_state(path)
         config = load_chain(path / CONFIG, overrides)
         folder = cls(path, config, _decode_stages(path / STATE, content, config))
         _require_same_config(path, content["config"], config, overrides)
+        unfinished = [name for name, stage in folder.stages.items() if stage.state != "done"]
+        require_same_samples(path, config, unfinished, differences(content["config"], leaves(config)))
         folder._require_results()
         return folder
 

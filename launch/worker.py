@@ -39,6 +39,7 @@ from dino_scale.training.sample_log import open_log
 from dino_scale.training.schedule import total_steps
 from dino_scale.training.trainer import Progress, StageLength, Trainer
 from dino_scale.training.zero import ZeroEngine
+from launch.same_samples import require_same_position
 from launch.stage_checkpoints import StageCheckpoints
 
 WEIGHTS = "weights.safetensors"
@@ -144,6 +145,8 @@ class _StageRun:
         if start is not None:
             transfer = start_from(model, start, self.index, self.config)
             self._say(f"weights from {start}: {transfer.summary()}")
+            for line in transfer.table():
+                self._say(line)
             if distributed.rank() == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / "transfer.txt").write_text("\n".join(transfer.table()) + "\n", encoding="utf-8")
@@ -175,11 +178,8 @@ class _StageRun:
         )
 
     def _continue_from(self, folder: Path, manifest: store.Manifest) -> Progress:
-        if manifest.index_digest != self.index.digest:
-            raise ConfigError(
-                f"{folder}: was trained on another packing of the data (index {manifest.index_digest[:12]}, "
-                f"{self.config.data.train} has {self.index.digest[:12]}): resume with the shards it was started with"
-            )
+        expected = (self.job.config.seed, self.index.digest, self.length.global_size)
+        require_same_position(folder, manifest, *expected)
         store.load(folder, manifest, self.engine)
         self._say(
             f"continues from {folder.name} (written by {manifest.world_size} workers, ZeRO {manifest.zero_stage})"

@@ -257,7 +257,7 @@ class StageConfig:
     zero_stage: Literal[0, 1, 2, 3] = 1  # DeepSpeed ZeRO
     ema_decay: float = 0.0  # exponential moving average of the weights per step; 0: off (official 0.9997 when on)
     log_every_steps: int = 10
-    non_finite_limit: int = 10  # steps with a non-finite loss that may be skipped before the run stops
+    non_finite_limit: int = 10  # steps of a stage that may be left out for a gradient that is not finite
 
     def __post_init__(self) -> None:
         _require(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
-from data_pipeline.doctor import check_shards, examine
-from dino_scale.errors import UserError
+from data_pipeline.doctor import Examination, check_shards, examine
+from data_pipeline.findings import EXAMPLES
+from dino_scale.errors import DataError, UserError
 from launch.commands.pack import phases, runner_of, selection_of
 
 
@@ -31,11 +34,28 @@ def run(arguments: argparse.Namespace) -> None:
             selection=selection_of(arguments),
             runner=runner,
         )
+    _show_examination(found, arguments.annotations, console)
+
+
+def _show_examination(found: Examination, annotations: Path, console: Console) -> None:
+    """Raises DataError at the end where there is something that `pack` would stop at."""
+    what = "without what is listed as a defect pack would write" if found.defects.counts else "pack would write"
     console.print(
-        f"{arguments.annotations}: pack would write {found.samples} images, {found.boxes} boxes of "
-        f"{found.categories} classes, {found.shards} shard(s)"
+        f"{annotations}: {what} {found.samples} images, {found.boxes} boxes of {found.categories} classes, "
+        f"{found.shards} shard(s)"
     )
     for kind, repair in found.report["repairs"].items():
-        console.print(f"  {kind}: {repair['count']}", markup=False)
-        for place in repair["first"]:
-            console.print(f"    {place}", markup=False)
+        _show_kind(f"{kind}: {repair['count']}", repair["first"], console)
+    for kind, count in sorted(found.defects.counts.items()):
+        _show_kind(f"defect: {kind}: {count}", found.defects.examples[kind], console)
+    if found.defects.counts:
+        raise DataError(
+            f"{annotations}: {sum(found.defects.counts.values())} defects of {len(found.defects.counts)} kinds, listed "
+            f"above (the first {EXAMPLES} of each kind): pack stops at the first; correct them"
+        )
+
+
+def _show_kind(title: str, places: Sequence[str], console: Console) -> None:
+    console.print(f"  {title}", markup=False)
+    for place in places:
+        console.print(f"    {place}", markup=False)

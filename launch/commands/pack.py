@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     console.print(f"{report.samples} images, {report.boxes} boxes, {report.shards} shard(s) in {report.out}")
     for kind, count in report.repairs.items():
-        console.print(f"  {kind}: {count} (places in {report.out}/report.json)")
+        console.print(f"  {kind}: {count} (each in {report.out}/repairs.jsonl)")
 
 
 def selection_of(arguments: argparse.Namespace) -> Selection:

@@ -1,11 +1,18 @@
 """Every defect of an annotation file or image: one clear line, exit code 3 (2 for arguments), nothing written."""
 
+import struct
+import zlib
 from collections.abc import Callable
+from pathlib import PurePosixPath
 
 import pytest
 
+from data_pipeline.annotation_elements import MOST_CATEGORIES
+from data_pipeline.annotations import MOST_BOXES
 from data_pipeline.categories import objects365_categories
+from data_pipeline.doctor import examine
 from data_pipeline.pack import pack
+from data_pipeline.survey import find_image
 from dino_scale.errors import DataError, UserError
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -25,6 +32,28 @@ def set_annotation(raw, **fields) -> None:
 
 def drop(raw, key: str) -> None:
     del raw.content[key]
+
+
+def put_boxes(raw, number: int) -> None:
+    """On the last image, which has one box already."""
+    row = {"image_id": 9, "category_id": 3, "bbox": [1, 1, 2, 2], "area": 4}
+    raw.content["annotations"] += [{"id": 100 + place, **row} for place in range(number)]
+
+
+def put_categories(raw, number: int) -> None:
+    """Beside the two that are there."""
+    raw.content["categories"] += [{"id": 100 + place, "name": f"class {place}"} for place in range(number)]
+
+
+def put_png_bomb(raw, side: int) -> None:
+    """A true PNG with true checksums, of some hundred bytes, that claims side x side pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(60_001))) + chunk(b"IEND", b"")
+    (raw.images / "b.jpg").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
 
 
 def truncate_image(raw) -> None:
@@ -77,10 +106,28 @@ DEFECTS: dict[str, tuple[Callable, list[str]]] = {
     "box of negative width": (lambda raw: replace_box(raw, [5, 2, -3, 2]), ["annotation 1", "-3", "0 or more"]),
     "box to the right": (lambda raw: replace_box(raw, [20, 2, 3, 2]), ["annotation 1 of", "outside", "20 x 10"]),
     "box to the left": (lambda raw: replace_box(raw, [-4, 2, 4, 2]), ["annotation 1 of image 11", "outside"]),
+    "too many boxes": (lambda raw: put_boxes(raw, MOST_BOXES),
+                       [f"image 9 ('c.jpg') has {MOST_BOXES + 1} boxes", f"at most {MOST_BOXES} of", "cut the image"]),
+    "too many categories": (lambda raw: put_categories(raw, MOST_CATEGORIES - 1),
+                            [f"category {98 + MOST_CATEGORIES} (", f"more than {MOST_CATEGORIES}", "merge or remove"]),
+    "file name of 5000": (lambda raw: set_image(raw, file_name="x" * 5000), ["image 5", "xxx...", "255 bytes"]),
+    "file name of 256": (lambda raw: set_image(raw, file_name="a/" + "\u00e9" * 128), ["image 5", "255 bytes"]),
+    "file name of many parts": (lambda raw: set_image(raw, file_name="a/" * 2000 + "b"), ["image 5", "2048 in all"]),
+    "file name is a point": (lambda raw: set_image(raw, file_name="."), ["image 5: file_name is '.'", "below"]),
+    "file name is a folder": (lambda raw: set_image(raw, file_name="./"), ["image 5: file_name is './'"]),
+    "image width is negative": (lambda raw: set_image(raw, width=-20), ["image 5 ('b.jpg')", "width is -20"]),
+    "image width is NaN": (lambda raw: set_image(raw, width=NAN), ["image 5 ('b.jpg')", "width is nan"]),
+    "category id is text": (lambda raw: raw.content["categories"].append({"id": "4", "name": "cow"}),
+                            ["category number 3 of the list: id is '4'", "whole number"]),
+    "annotation id is text": (lambda raw: set_annotation(raw, id="4"), ["annotation number 3 of the list: id is '4'"]),
+    "category of a box is text": (lambda raw: set_annotation(raw, category_id="3"), ["4: category_id is '3'"]),
+    "PNG bomb": (lambda raw: put_png_bomb(raw, 12_000), ["b.jpg: image 5 claims 12000 x 12000 pixels", "shrink"]),
+    "large PNG bomb": (lambda raw: put_png_bomb(raw, 20_000), ["b.jpg: image 5 claims too many pixels", "shrink"]),
     "box below": (lambda raw: replace_box(raw, [2, 11, 4, 2]), ["annotation 1 of image 11", "outside"]),
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("name", DEFECTS)
 def test_defect(raw, name: str) -> None:
     spoil, expected = DEFECTS[name]
@@ -93,6 +140,35 @@ def test_defect(raw, name: str) -> None:
     assert str(raw.root) in message, "names the file"
     assert caught.value.exit_code == 3
     assert raw.leftovers() == []
+    found = examine(raw.annotations, [raw.images])
+    told = [place for places in found.defects.examples.values() for place in places]
+    assert any(all(part in place for part in expected) for place in told), "doctor says so too, and does not stop there"
+    assert sum(found.defects.counts.values()) == len(told) < 4 and raw.leftovers() == []
+
+
+def test_as_many_boxes_and_categories_as_are_allowed(raw) -> None:
+    put_boxes(raw, MOST_BOXES - 1)
+    put_categories(raw, MOST_CATEGORIES - 2)
+    index = raw.pack()
+    assert len(index.boxes(index.sample_of(9)).labels) == MOST_BOXES and len(index.categories) == MOST_CATEGORIES
+
+
+@pytest.mark.parametrize("area", [NAN, INFINITY, -4.0, "4", True, None, [4], 10**400])
+def test_an_unusable_area_is_mended_and_told(raw, area: object) -> None:
+    set_annotation(raw, area=area)
+    index = raw.pack()
+    assert "areas_from_boxes" in (index.folder / "report.json").read_text()
+    assert index.boxes(index.sample_of(11)).areas.tolist() == [12.5, 4.0]
+
+
+def test_a_folder_that_cannot_be_searched_is_one_line(raw) -> None:
+    """Here one whose name makes an allowed name too long."""
+    deep = raw.images / ("d" * 200)
+    while len(str(deep)) < 3000:
+        deep = deep / ("d" * 200)
+    with pytest.raises(DataError, match=r"cannot be looked for \(File name too long\)") as caught:
+        find_image(PurePosixPath("x/" * 600 + "b.jpg"), [deep])
+    assert len(str(caught.value)) < 4000 and "\n" not in str(caught.value)
 
 
 def test_missing_annotation_file(raw) -> None:

@@ -110,7 +110,7 @@ def test_missing_column(copy: Path) -> None:
         (lambda content: content["shards"][0].update(name="../shard-00000.tar"), "is malformed .*not one that packing"),
         (lambda content: content["columns"][0].update(name="/etc/passwd"), "is malformed .*not one that packing"),
         (lambda content: content.pop("shards"), "is malformed .*shards"),
-        (lambda content: content.update(version=99), "not a manifest of version 1"),
+        (lambda content: content.update(version=99), "not a manifest of version 2"),
     ],
 )  # fmt: skip
 def test_altered_manifest(copy: Path, change, problem: str) -> None:

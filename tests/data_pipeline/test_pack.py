@@ -69,18 +69,19 @@ def test_repeated_boxes_of_coco_are_counted_and_kept(raw: Any, monkeypatch: pyte
     report = pack(raw.annotations, [raw.images], raw.out)
     assert report.repairs == {"boxes_repeated_kept": 2} and report.boxes == found.boxes == 8
     places = found.report["repairs"]["boxes_repeated_kept"]["first"]
-    assert [place.partition(":")[0] for place in places] == ["annotation 40", "annotation 41"]
+    assert [place.rpartition(": bbox")[0] for place in places] == ["a.jpg: annotation 40", "a.jpg: annotation 41"]
 
 
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from data_pipeline.annotations import Repairs, read_annotations
+from data_pipeline.annotations import read_annotations
+from data_pipeline.findings import Findings
 from data_pipeline.survey import fit_boxes
 def most():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = most()
-found = fit_boxes(read_annotations(Path(sys.argv[1]), "coco", Repairs()), Repairs())
+found = fit_boxes(read_annotations(Path(sys.argv[1]), "coco", Findings()), Findings())
 print((most() - before) / len(found.boxes))
 """
 
@@ -163,7 +164,7 @@ def test_repairs_of_boxes_are_counted_and_listed(raw) -> None:
         "boxes_without_size_dropped": 1,
         "areas_from_boxes": 1,
     }
-    assert repairs["boxes_clipped"]["first"] == ["annotation 1: bbox [-1.0, 2.0, 5.0, 20.0]"]
+    assert repairs["boxes_clipped"]["first"] == ["a.jpg: annotation 1: bbox [-1.0, 2.0, 5.0, 20.0]"]
     rows = {row["id"]: row for row in ground_truth(index)["annotations"]}
     assert sorted(rows) == [1, 2, 9]
     assert (rows[1]["bbox"], rows[1]["area"]) == ([0, 2, 4, 8], 32)
@@ -173,7 +174,7 @@ def test_repairs_of_boxes_are_counted_and_listed(raw) -> None:
 def test_a_wrong_size_is_taken_from_the_file(raw) -> None:
     raw.content["images"][0].update(width=10, height=20)
     index = raw.pack()
-    assert repairs_of(index)["sizes_from_file"]["first"] == ["a.jpg: 10 x 20 stated, 20 x 10 found"]
+    assert repairs_of(index)["sizes_from_file"]["first"] == ["a.jpg: image 11: 10 x 20 stated, 20 x 10 found"]
     assert index.size(index.sample_of(11)) == (10, 20)
 
 
@@ -191,7 +192,8 @@ def test_images_that_are_no_plain_jpeg_are_encoded_anew(raw) -> None:
     Image.fromarray(pixels).convert("CMYK").save(raw.images / "b.jpg", "JPEG", quality=98)
     kept = (raw.images / "c.jpg").read_bytes()
     index = raw.pack()
-    assert sorted(repairs_of(index)["images_reencoded_as_jpeg"]["first"]) == ["a.jpg", "b.jpg"]
+    told = sorted(repairs_of(index)["images_reencoded_as_jpeg"]["first"])
+    assert told == ["a.jpg: image 11: JPEG of quality 95", "b.jpg: image 5: JPEG of quality 95"]
     for image_id in (11, 5):
         assert np.abs(read_image(index, image_id).astype(int) - pixels).mean() < 4
     with tarfile.open(index.folder / "shard-00000.tar") as shard:

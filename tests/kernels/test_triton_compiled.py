@@ -1,81 +1,39 @@
-"""The Triton kernels compiled for GPUs that are not here: nothing spilled, gradients added by wide atomics."""
+"""The Triton kernels compiled for GPUs that are not here: nothing spilled, gradients added by wide atomics.
+
+The default suite has every target with every dtype; at the shape of DINO it has the backward kernel for all of these,
+and the forward one, whose loops are unrolled and which takes five times as long to compile, once per target, dtype and
+kind of reference. The slow tests have the whole product, and other shapes.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
-import triton
-import triton.language as tl
 
-from kernels.compile_check import Compiled, compile_kernel
-from kernels.deform_attn.triton_backward import ADD_FIXED, ADD_FLOATS, GROUP, deform_attn_backward_kernel
-from kernels.deform_attn.triton_forward import deform_attn_forward_kernel
-from kernels.deform_attn.triton_sampling import SIZES
-from kernels.deform_attn.triton_window import LEAST_CHANNELS, WARPS, deform_attn_window_kernel, precision
-from kernels.deform_attn.tuning import rule
-from kernels.matching.triton_assignment import COLUMNS_PER_WARP, ROWS_AT_ONCE, assignment_kernel
-from kernels.matching.triton_cost import matching_cost_kernel
+from kernels.bench_compiled import (
+    AttentionShape,
+    compile_backward,
+    compile_forward,
+    compile_matcher,
+    compile_window,
+)
+from kernels.compile_check import Compiled
+from kernels.deform_attn.tuning import LaunchShape
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def constants(direction: Any, dtype: str, channels: int, levels: int, points: int, box: bool) -> dict[str, Any]:
-    padded = -(-channels // GROUP) * GROUP if direction == "backward" else channels
-    return {
-        "HEADS": 8,
-        "CHANNELS": channels,
-        "LEVELS": levels,
-        "POINTS": points,
-        "BOX": box,
-        "COMPUTE": tl.float32,
-        "BLOCK_QUERIES": rule(direction, channels, levels * points, DTYPES[dtype]).queries,
-        "BLOCK_CHANNELS": triton.next_power_of_2(padded),
-    }
+TARGETS = (80, 90, 100)
+NAMES = ("bf16", "fp16", "fp32")
+# Every target with every dtype, and each of both with both kinds of reference.
+COVERING = [
+    (capability, dtype, (row + column) % 2 == 1)
+    for row, capability in enumerate(TARGETS)
+    for column, dtype in enumerate(NAMES)
+]
+WHOLE_FORWARD = [(80, "fp16", True), (90, "bf16", False), (100, "fp32", True)]
+WHOLE_PAIRS = [(capability, dtype) for capability, dtype, _ in WHOLE_FORWARD]
 
 
-def compile_forward(
-    capability: int, dtype: str, channels: int = 32, levels: int = 4, points: int = 4, box: bool = False
-) -> Compiled:
-    types = dict.fromkeys(("value", "offsets", "logits", "output"), f"*{dtype}")
-    types |= {"references": "*fp32", **dict.fromkeys(SIZES, "i32")}
-    fixed = constants("forward", dtype, channels, levels, points, box)
-    return compile_kernel(deform_attn_forward_kernel, types, fixed, capability=capability, warps=1)
-
-
-def compile_backward(
-    capability: int,
-    dtype: str,
-    channels: int = 32,
-    levels: int = 4,
-    points: int = 4,
-    box: bool = False,
-    deterministic: bool = False,
-) -> Compiled:
-    names = ("grad", "value", "offsets", "logits", "grad_offsets", "grad_logits")
-    types = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(SIZES, "i32")
-    types |= {"references": "*fp32", "sums": "*i64" if deterministic else "*fp32", "fixed_point_scale": "*fp32"}
-    fixed = constants("backward", dtype, channels, levels, points, box)
-    fixed |= {"PADDED": -(-channels // GROUP) * GROUP, "ADDING": (ADD_FIXED if deterministic else ADD_FLOATS).value}
-    fixed["BLOCK_SAMPLES"] = triton.next_power_of_2(levels * points)
-    shape = rule("backward", channels, levels * points, DTYPES[dtype])
-    return compile_kernel(
-        deform_attn_backward_kernel, types, fixed, capability=capability, warps=shape.warps, registers=shape.registers
-    )
-
-
-def compile_window(
-    capability: int, dtype: str, channels: int = 32, levels: int = 4, points: int = 4, box: bool = False
-) -> Compiled:
-    types = dict.fromkeys(("grad", "offsets", "logits"), f"*{dtype}") | dict.fromkeys(SIZES, "i32")
-    types |= {"references": "*fp32", "sums": "*fp32", "fixed_point_scale": "*fp32"}
-    padded = -(-channels // GROUP) * GROUP
-    fixed = constants("backward", dtype, channels, levels, points, box) | {"PADDED": padded, "ADDING": ADD_FLOATS.value}
-    fixed |= {"BLOCK_SAMPLES": triton.next_power_of_2(levels * points), "PRECISION": precision(DTYPES[dtype].itemsize)}
-    fixed["BLOCK_CHANNELS"] = max(LEAST_CHANNELS, triton.next_power_of_2(padded))
-    del fixed["BLOCK_QUERIES"], types["queries"]
-    return compile_kernel(deform_attn_window_kernel, types, fixed, capability=capability, warps=WARPS)
+def check_forward(compiled: Compiled) -> None:
+    assert compiled.stack_bytes == 0 and compiled.barriers == 0 and not compiled.atomics
+    assert 0 < compiled.registers < 128
 
 
 def check_atomics(compiled: Compiled, capability: int) -> None:
@@ -92,54 +50,83 @@ def check_no_result_is_awaited(compiled: Compiled) -> None:
     assert not any(name.startswith(("ATOM.", "ATOMG.")) for name in compiled.instructions)
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype", "levels"), [(80, "bf16", 1), (90, "bf16", 4), (90, "fp32", 1), (100, "bf16", 1)]
-)
-def test_forward_spills_nothing_and_needs_no_barrier(capability: int, dtype: str, levels: int) -> None:
-    compiled = compile_forward(capability, dtype, levels=levels)
-    assert compiled.stack_bytes == 0 and compiled.barriers == 0 and not compiled.atomics
-    assert 0 < compiled.registers < 128
+def test_the_covering_set_covers() -> None:
+    assert {(capability, dtype) for capability, dtype, _ in COVERING} == {(c, d) for c in TARGETS for d in NAMES}
+    assert {(capability, box) for capability, _, box in COVERING} == {(c, b) for c in TARGETS for b in (False, True)}
+    assert {(dtype, box) for _, dtype, box in COVERING} == {(d, b) for d in NAMES for b in (False, True)}
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [(80, "bf16"), (90, "bf16"), (90, "fp32"), (100, "bf16")])
-def test_backward_spills_nothing_and_adds_four_channels_at_once(capability: int, dtype: str) -> None:
-    check_atomics(compile_backward(capability, dtype), capability)
+@pytest.mark.parametrize(("capability", "dtype", "box"), WHOLE_FORWARD)
+def test_forward_spills_nothing_and_needs_no_barrier(capability: int, dtype: str, box: bool) -> None:
+    check_forward(compile_forward(capability, AttentionShape(dtype, box=box)))
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [(80, "fp32"), (90, "bf16"), (90, "fp32"), (100, "bf16")])
+@pytest.mark.parametrize(("capability", "dtype", "box"), [case for case in COVERING if case[:2] not in WHOLE_PAIRS])
+def test_forward_of_one_level_for_every_other_target_and_dtype(capability: int, dtype: str, box: bool) -> None:
+    check_forward(compile_forward(capability, AttentionShape(dtype, levels=1, box=not box)))
+
+
+@pytest.mark.parametrize(("capability", "dtype", "box"), COVERING)
+def test_backward_spills_nothing_and_adds_four_channels_at_once(capability: int, dtype: str, box: bool) -> None:
+    check_atomics(compile_backward(capability, AttentionShape(dtype, box=box)), capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("dtype", NAMES)
+@pytest.mark.parametrize("box", [False, True])
+def test_every_target_dtype_and_reference(capability: int, dtype: str, box: bool) -> None:
+    shape = AttentionShape(dtype, box=box)
+    check_forward(compile_forward(capability, shape))
+    check_atomics(compile_backward(capability, shape), capability)
+    check_atomics(compile_window(capability, shape), capability)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "fp32"), (90, "bf16"), (100, "fp16")])
 def test_windows_spill_nothing_and_add_four_channels_at_once(capability: int, dtype: str) -> None:
-    compiled = compile_window(capability, dtype)
+    compiled = compile_window(capability, AttentionShape(dtype))
     check_atomics(compiled, capability)
     assert any("MMA" in name for name in compiled.instructions), "the sums are not made by matrix products"
 
 
-@pytest.mark.parametrize("channels", [9, 12, 24])
+@pytest.mark.parametrize("channels", [9, 12])
 def test_odd_head_sizes_add_four_channels_at_once(channels: int) -> None:
-    check_atomics(compile_backward(90, "bf16", channels, levels=1, points=1), 90)
+    check_atomics(compile_backward(90, AttentionShape("bf16", channels, 1, 1)), 90)
 
 
 def test_deterministic_backward_adds_integers() -> None:
-    compiled = compile_backward(90, "bf16", deterministic=True, levels=2)
+    check_integers(compile_backward(90, AttentionShape("bf16", levels=2), deterministic=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dtype", "box"), COVERING)
+def test_deterministic_backward_of_every_target_and_dtype(capability: int, dtype: str, box: bool) -> None:
+    check_integers(compile_backward(capability, AttentionShape(dtype, box=box), deterministic=True))
+
+
+def check_integers(compiled: Compiled) -> None:
     assert compiled.stack_bytes == 0
     assert compiled.atomics and all(name.endswith("relaxed.add.u64") for name in compiled.atomics), compiled.atomics
     check_no_result_is_awaited(compiled)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", TARGETS)
 def test_many_samples_of_few_channels_spill_nothing(capability: int) -> None:
     """Left alone, the compiler spills 8 to 16 bytes here."""
-    check_atomics(compile_backward(capability, "fp32", 8, 5, 4), capability)
+    check_atomics(compile_backward(capability, AttentionShape("fp32", 8, 5, 4)), capability)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("capability", "box"), [(80, False), (90, True)])
-@pytest.mark.parametrize(("channels", "points"), [(8, 4), (9, 4), (16, 4), (32, 4), (64, 4)])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(("channels", "points"), [(8, 4), (9, 4), (16, 4), (30, 4), (32, 4), (64, 4)])
+@pytest.mark.parametrize("dtype", NAMES)
 def test_every_head_size_dtype_and_reference(
     capability: int, box: bool, channels: int, points: int, dtype: str
 ) -> None:
-    assert compile_forward(capability, dtype, channels, 5, points, box).stack_bytes == 0
-    check_atomics(compile_backward(capability, dtype, channels, 5, points, box), capability)
+    shape = AttentionShape(dtype, channels, 5, points, box)
+    assert compile_forward(capability, shape).stack_bytes == 0
+    check_atomics(compile_backward(capability, shape), capability)
 
 
 @pytest.mark.slow
@@ -153,41 +140,28 @@ def test_windows_of_other_shapes(
 ) -> None:
     if (capability, dtype, channels) == (80, "fp32", 64):
         request.applymarker(pytest.mark.xfail(strict=True, reason="spills 200 bytes; 40 with 8 warps, 368 with 16"))
-    check_atomics(compile_window(capability, dtype, channels, levels, points, box), capability)
+    check_atomics(compile_window(capability, AttentionShape(dtype, channels, levels, points, box)), capability)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", NAMES)
 def test_most_samples_of_fewest_channels_spill_nothing(capability: int, dtype: str) -> None:
     """Forty samples of eight channels: half the queries per program, so that two channels are added at once."""
-    compiled = compile_backward(capability, dtype, 8, 5, 8, True)
+    compiled = compile_backward(capability, AttentionShape(dtype, 8, 5, 8, True))
     assert compiled.stack_bytes == 0
     kind = "relaxed.add.v2.f32" if capability >= 90 else "relaxed.add.f32"
     assert all(name.endswith(kind) for name in compiled.atomics), compiled.atomics
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", TARGETS)
 def test_matcher_spills_nothing(capability: int) -> None:
-    """For 900 queries: a vector of 1024 in the registers of 4 and of 8 warps."""
-    costs = {"costs": "*fp32", "minimum": "*fp32", "cheapest": "*i32"}
-    sizes = dict.fromkeys(("images", "queries", "classes", "targets"), "i32")
-    weights = dict.fromkeys(("class_cost", "box_cost", "giou_cost", "alpha", "broken_cost"), "fp32")
-    inputs = {"logits": "*fp32", "boxes": "*fp32", "labels": "*i64", "target_boxes": "*fp32", "image": "*i32"}
-    constants = {"LOG_EPSILON": 1e-8, "AREA_EPSILON": 1e-6, "BLOCK": 1024}
-    types = {**costs, **sizes, **weights, **inputs}
-    cost = compile_kernel(matching_cost_kernel, types, constants, capability=capability, warps=4)
-    scratch = {"starts": "*i32", "potential": "*fp64", "column_of_row": "*i64", "row_of_column": "*i32"}
-    block = {"BLOCK": 1024, "ROWS": ROWS_AT_ONCE}
-    types = {**costs, **scratch, **sizes}
-    assignment = compile_kernel(assignment_kernel, types, block, capability=capability, warps=1024 // COLUMNS_PER_WARP)
+    cost, assignment = compile_matcher(capability)
     assert cost.stack_bytes == assignment.stack_bytes == 0
     assert not cost.atomics and list(assignment.atomics) == ["atom.global.gpu.relaxed.min.s32"]
 
 
 def test_a_spill_would_be_seen() -> None:
-    """A whole tile of 128 x 64 in one warp does not fit the registers."""
-    types = dict.fromkeys(("value", "offsets", "logits", "output", "references"), "*fp32")
-    fixed = {**constants("forward", "fp32", 64, 1, 1, False), "BLOCK_QUERIES": 128}
-    types |= dict.fromkeys(SIZES, "i32")
-    assert compile_kernel(deform_attn_forward_kernel, types, fixed, capability=90, warps=1).stack_bytes > 0
+    """Eight rows of 64 channels do not fit 24 registers."""
+    shape = AttentionShape("fp32", 64, levels=1, points=1)
+    assert compile_forward(90, shape, LaunchShape(queries=8, warps=1, registers=24)).stack_bytes > 0

@@ -60,7 +60,15 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["trian"], ["train"], ["predict", "--weights", "w", "p", "--threshold", "2"]]
+    "arguments",
+    [
+        [],
+        ["trian"],
+        ["train"],
+        ["train", "chain.yaml", "--run-dir", "s3://bucket/runs/first"],
+        ["resume", "s3://bucket/runs/first"],
+        ["predict", "--weights", "w", "p", "--threshold", "2"],
+    ],
 )
 def test_wrong_arguments_are_user_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -79,7 +87,7 @@ def test_wrong_arguments_are_user_errors(arguments: list[str], capsys: pytest.Ca
         (CheckpointError("x"), 3),
         (Interrupted("x"), 4),
         (WorkerLostError("x"), 4),
-        (NonFiniteError("x"), 1),
+        (NonFiniteError("x"), 2),
         (KeyboardInterrupt(), 4),
         (PermissionError(13, "Permission denied", "x"), 2),
         (OSError(28, "No space left on device", "x"), 2),

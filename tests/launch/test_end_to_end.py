@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -101,15 +102,19 @@ def assert_same_weights(run: Path, other: Path, stage: str) -> None:
 def wait_for_step(process: subprocess.Popen[str], run: Path, stage: str, step: int) -> None:
     """Until `step` is in the stage's log."""
     path = run / stage / "metrics.jsonl"
+    wait_until(process, lambda: path.exists() and len(path.read_text().splitlines()) >= step)
+
+
+def wait_until(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 200
-    while not (path.exists() and len(path.read_text().splitlines()) >= step):
+    while not reached():
         assert process.poll() is None, f"ended early: {process.communicate()}"
         assert time.monotonic() < deadline, "no progress"
         time.sleep(0.05)
 
 
-def start(folder: Path, run: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "launch", "train", str(folder / "chain.yaml"), "--run-dir", str(run)]
+def start(arguments: Sequence[str | Path]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "launch", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -202,6 +207,7 @@ def test_run_folder_that_exists_is_refused(undisturbed: Path, folder: Path) -> N
     assert len(done.stderr.strip().splitlines()) == 1 and "exists already" in done.stderr
 
 
+@pytest.mark.slow
 def test_one_process_without_ray_follows_the_same_losses(undisturbed: Path, folder: Path) -> None:
     run = folder / "local"
     succeed("train", folder / "chain.yaml", "--run-dir", run, "--set", "launch.engine=local")
@@ -221,36 +227,37 @@ def test_torchrun_gives_the_same_weights_as_ray(undisturbed: Path, folder: Path)
         assert_same_weights(run, undisturbed, stage)
 
 
-def test_ctrl_c_then_resume_ends_with_the_same_weights(undisturbed: Path, folder: Path) -> None:
-    run = folder / "interrupted"
-    process = start(folder, run)
-    wait_for_step(process, run, "second", 4)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 4, errors
-    assert f"dino-scale resume {run}" in errors
-    assert json.loads((run / "chain.json").read_text())["stages"]["second"]["state"] == "interrupted"
-    succeed("resume", run)
-    assert losses(run, "second") == losses(undisturbed, "second")
-    assert_same_weights(run, undisturbed, "second")
-
-
-def test_killed_driver_and_torn_checkpoint_then_resume_ends_with_the_same_weights(
+def test_ctrl_c_then_a_killed_driver_and_a_torn_checkpoint_end_with_the_same_weights(
     undisturbed: Path, folder: Path
 ) -> None:
-    run = folder / "killed"
-    process = start(folder, run)
-    wait_for_step(process, run, "second", 7)
+    run = folder / "disturbed"
+    process = start(["train", folder / "chain.yaml", "--run-dir", run])
+    wait_for_step(process, run, "first", 2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 4, errors
+    assert f"dino-scale resume {run}" in errors
+    states = [stage["state"] for stage in json.loads((run / "chain.json").read_text())["stages"].values()]
+    assert "interrupted" in states
+    kill_driver(start(["resume", run]), run / "second" / "checkpoints" / "step_00000006")
+    before, newest = sorted((run / "second" / "checkpoints").glob("step_*"))[-2:]
+    shard = newest / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    output = succeed("resume", run)
+    assert "truncated" in output and f"using {before.name} instead" in output
+    for stage in STEPS:
+        assert losses(run, stage) == losses(undisturbed, stage)
+        assert_same_weights(run, undisturbed, stage)
+
+
+def kill_driver(process: subprocess.Popen[str], checkpoint: Path) -> None:
+    """SIGKILL once `checkpoint` is whole; then everything that the driver started must end too."""
+    wait_until(process, checkpoint.exists)
     started = descendants(process.pid)
     process.kill()
     process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, "it had ended before"
     deadline = time.monotonic() + 60
     while left := [pid for pid in started if runs(pid)]:
         assert time.monotonic() < deadline, f"processes of a killed driver stay: {left}"
         time.sleep(0.2)
-    newest = run / "second" / "checkpoints" / "step_00000006" / "shard-00000.safetensors"
-    newest.write_bytes(newest.read_bytes()[:-100])
-    output = succeed("resume", run)
-    assert "truncated" in output and "using step_00000003 instead" in output
-    assert losses(run, "second") == losses(undisturbed, "second")
-    assert_same_weights(run, undisturbed, "second")

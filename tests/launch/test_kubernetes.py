@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,20 @@ def test_tokens_are_on_and_pods_have_time_to_save() -> None:
     assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
     for group in cluster["workerGroupSpecs"]:
         assert group["template"]["spec"]["terminationGracePeriodSeconds"] >= 120
+
+
+def test_a_pod_that_is_sent_away_tells_the_run(tmp_path: Path) -> None:
+    """Its hook puts up the very file that the entrypoint's run looks for, and then leaves time to save."""
+    entrypoint = JOB["spec"]["entrypoint"]
+    notices = re.findall(r"launch\.notice_file=([^ ;]+)", entrypoint)
+    assert len(notices) == entrypoint.count("python -m launch") == 2
+    for group in JOB["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+        (container,) = group["template"]["spec"]["containers"]
+        shell, option, hook = container["lifecycle"]["preStop"]["exec"]["command"]
+        here = hook.replace("/tmp", str(tmp_path)).replace("sleep", "echo")
+        held = subprocess.run([shell, option, here], capture_output=True, text=True, check=True).stdout
+        assert all(Path(notice.replace("/tmp", str(tmp_path))).is_file() for notice in notices)
+        assert 120 <= int(held) < group["template"]["spec"]["terminationGracePeriodSeconds"]
 
 
 @pytest.mark.parametrize(("there", "command"), [(False, "train"), (True, "resume")])

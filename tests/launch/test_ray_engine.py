@@ -13,7 +13,7 @@ import pytest
 
 from dino_scale.config.decode import load_chain
 from dino_scale.config.schema import ChainConfig, DataConfig, LaunchConfig
-from dino_scale.errors import DataError, WorkerLostError
+from dino_scale.errors import DataError, WorkerLostError, WorkerMemoryError
 from dino_scale.training.control import Event, MessageEvent, StepEvent
 from launch.ray_engine import RayEngine
 from launch.signals import StopRequest
@@ -31,6 +31,7 @@ stages:
     precision: fp32
 """
 CONFIGS = Path(__file__).parents[2] / "configs"
+ADVICE = r"lower stages\.only\.batch\.microbatch \(now 2\), or .* dino-scale resume .* --set KEY=VALUE"
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +57,9 @@ def job(config: ChainConfig, folder: Path) -> StageJob:
 
 
 def test_the_life_of_two_workers(engine: RayEngine, config: ChainConfig, tmp_path: Path) -> None:
-    """In one test, because starting Ray takes longer than all the rest: an error, a stop, a continuation, a death."""
+    """In one test, because starting Ray takes longer than all the rest: errors, a stop, a continuation, a death."""
     _error_of_a_worker_keeps_its_class_and_message(engine, config, tmp_path / "error")
+    _want_of_memory_names_what_to_change(engine, config, tmp_path / "memory")
     step = _stop_leaves_a_checkpoint_to_continue_from(engine, config, tmp_path / "run")
     _listens_on_loopback_only()
     _killed_worker_is_named(engine, config, tmp_path / "run", step)
@@ -68,6 +70,15 @@ def _error_of_a_worker_keeps_its_class_and_message(engine: RayEngine, config: Ch
     with pytest.raises(DataError, match=r"nowhere/manifest\.json: cannot be read") as caught:
         engine.run(job(replace(config, stages={"only": stage}), folder), StopRequest(), ignore)
     assert type(caught.value) is DataError
+
+
+def _want_of_memory_names_what_to_change(engine: RayEngine, config: ChainConfig, folder: Path) -> None:
+    """A layer that fits into no address space; nothing is tried again."""
+    said: list[Event] = []
+    huge = replace(config, model=replace(config.model, feedforward=10**12))
+    with pytest.raises(WorkerMemoryError, match=ADVICE):
+        engine.run(job(huge, folder), StopRequest(), said.append)
+    assert not any("starting again" in event.text for event in said if isinstance(event, MessageEvent))
 
 
 def _stop_leaves_a_checkpoint_to_continue_from(engine: RayEngine, config: ChainConfig, folder: Path) -> int:
@@ -116,3 +127,34 @@ def _listens_on_loopback_only() -> None:
 
 def _is_loopback(address: str) -> bool:
     return address.removeprefix("::ffff:").startswith("127.") or address == "::1"
+
+
+@pytest.fixture
+def small_group() -> Iterator[Path]:
+    """A control group of the kernel, below our own, in which 8 MiB may be newly taken; version 1 or 2 of groups."""
+    own = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
+    version_1 = Path("/sys/fs/cgroup/memory")
+    parent = version_1 / own["memory"].lstrip("/") if "memory" in own else Path("/sys/fs/cgroup") / own[""].lstrip("/")
+    limit = "memory.limit_in_bytes" if "memory" in own else "memory.max"
+    group = parent / f"dino-scale-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / limit).write_text(str(8 << 20))
+    except OSError as error:
+        pytest.skip(f"no control group for memory can be made below {parent} ({error.strerror}): needs root")
+    try:
+        yield group
+    finally:
+        group.rmdir()
+
+
+@pytest.mark.slow
+def test_a_kill_by_the_kernel_for_memory_is_no_lost_worker(
+    engine: RayEngine, config: ChainConfig, tmp_path: Path, small_group: Path
+) -> None:
+    def squeeze(event: Event) -> None:
+        if isinstance(event, StepEvent) and event.step == 2:
+            (small_group / "cgroup.procs").write_text(str(engine._team[1].pid))
+
+    with pytest.raises(WorkerMemoryError, match=ADVICE):
+        engine.run(job(config, tmp_path / "run"), StopRequest(), squeeze)

@@ -54,6 +54,15 @@ def slurm(tmp_path: Path) -> Slurm:
     return slurm
 
 
+def test_a_public_address_is_refused(slurm: Slurm) -> None:
+    slurm.add("hostname", "#!/bin/bash\necho 8.8.8.8\n")
+    job = slurm.start("ray.sbatch", "chain.yaml", str(slurm.folder / "run"))
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 2
+    assert "8.8.8.8, which is not private: name the inner network's interface in DINO_INTERFACE" in output
+    assert not any(call.startswith(("ray", "trainer")) for call in slurm.calls())
+
+
 def wait_for(line: Callable[[str], bool], slurm: Slurm, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not any(line(call) for call in slurm.calls()):

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import tempfile
-import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from tests.support.rank_server import PROVISION, Call
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout: float = 240) -> list[Any]:
@@ -19,42 +26,37 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
     `function` must be importable (a top-level function of a module). An exception in any rank fails the caller with its
     traceback.
     """
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        port = free_port()
-        common = (world, port, folder, function, arguments)
-        processes = [context.Process(target=_rank, args=(rank, *common)) for rank in range(world)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(timeout)
-            if process.is_alive():
-                process.kill()
+        content = pickle.dumps((function, arguments))
+        server = _server()
+        try:
+            server.send(Call(world, free_port(), folder, content, dict(os.environ), timeout))
+            server.recv()
+        except BaseException:  # of the test's time limit, too: what the server says next would be about this call
+            server.close()
+            _server.cache_clear()
+            raise
         return [_result(Path(folder) / str(rank)) for rank in range(world)]
+
+
+@functools.cache
+def _server() -> Connection:
+    """The other end of a process that forks ranks (`rank_server.py`); it ends when this one does."""
+    ours, theirs = multiprocessing.Pipe()
+    subprocess.Popen(
+        [sys.executable, "-m", "tests.support.rank_server", str(theirs.fileno())],
+        cwd=ROOT,
+        env=os.environ | PROVISION,
+        pass_fds=[theirs.fileno()],
+    )
+    theirs.close()
+    return ours
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _rank(rank: int, world: int, port: int, folder: str, function: Callable[..., Any], arguments: tuple) -> None:
-    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
-    import torch
-
-    from dino_scale.training import distributed
-
-    torch.set_num_threads(1)
-    try:
-        distributed.join(rank, world, rank, world, "127.0.0.1", port)
-        outcome = (True, function(*arguments))
-        distributed.leave()
-    except BaseException:
-        outcome = (False, traceback.format_exc())
-    Path(folder, str(rank)).write_bytes(pickle.dumps(outcome))
-    if not outcome[0]:
-        os._exit(1)  # the other ranks may wait in a collective for ever
 
 
 def _result(path: Path) -> Any:
