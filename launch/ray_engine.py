@@ -46,7 +46,7 @@ class RayEngine:
         self.workers = launch.worker_range()
         self._session = RaySession(launch)
         self._machines: Machines
-        self._head: Head
+        self._head: Head | None = None
         self._watch: Watch | None = None
         self._group: Any = None
         self._team: list[Worker] = []
@@ -60,21 +60,20 @@ class RayEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with undisturbed():
-            if not self._session.is_open:
-                self._session.close()
-                return
-            if self._head.lost:
+            lost = self._head is not None and self._head.lost
+            if lost:
                 self._dismiss_team()
             else:
                 self._end_generation()
-            self._head.close()
-            self._session.close(self._head.lost)
+            if self._head is not None:
+                self._head.close()
+            self._session.close(lost)
 
     def on_primary(self, function: Callable[[], T]) -> T:
         return function()
 
     def run(self, job: StageJob, stop: StopRequest, show: Show) -> StageResult:
-        if not self._session.is_open:
+        if self._head is None:
             self._session.open(show)
             stop.install_again()
             self._head = self._session.head()
