@@ -7,6 +7,8 @@ are recorded as properties of the tests (`--junitxml` writes them to a file).
 from __future__ import annotations
 
 import itertools
+import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -121,10 +123,27 @@ def test_a_host_is_cut_off_the_job_is_stopped_and_everything_is_lost(
     job.end(0)
     assert len(job.lines()) == STEPS
     assert_same_trajectory(job, undisturbed, data)
+    assert_same_result(job, undisturbed)
     one, other = (flat_weights(each.run) for each in (job, undisturbed))
     distance = float((one - other).norm() / other.norm())
     record_property("relative distance of the final weights", distance)
     assert distance < 1e-2
+
+
+def assert_same_result(job: Job, undisturbed: Job) -> None:
+    """Final COCO numbers, loss of the last epoch, and how sure both detectors are of what they find."""
+    one, other = (evaluation(each) for each in (job, undisturbed))
+    assert one["metrics"] == pytest.approx(other["metrics"], abs=0.02)
+    first, second = (statistics.mean(line["loss"] for line in each.lines()[-4:]) for each in (job, undisturbed))
+    assert first == pytest.approx(second, rel=0.02)
+    first, second = (sorted(found["score"] for found in each["detections"]) for each in (one, other))
+    assert len(first) > 100 and first[-1] > 0 and first == pytest.approx(second, rel=0.05)
+
+
+def evaluation(job: Job) -> dict:
+    stem = job.run / "only" / "evaluation" / f"step_{STEPS:08d}"
+    metrics = json.loads(stem.with_suffix(".json").read_text())["metrics"]
+    return {"metrics": metrics, "detections": json.loads(Path(f"{stem}_detections.json").read_text())}
 
 
 def flat_weights(run: Path) -> torch.Tensor:
