@@ -225,4 +225,4 @@ def doze(process: psutil.Process) -> None:
     process.suspend()
     time.sleep(0.3)
     process.resume()
-    time.sleep(0.05)
+    time.sleep(0.02)  # less than a step, so that each has its share
