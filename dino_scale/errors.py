@@ -66,3 +66,7 @@ class WorkerLostError(DinoScaleError):
     """A worker process died without an error of its own (killed, out of memory, host lost); resumable."""
 
     exit_code = 4
+
+
+class ClusterLostError(WorkerLostError):
+    """The cluster cannot be reached any more, not even to leave it: resumable, and this process must end at once."""

@@ -51,7 +51,7 @@ def _run_stage(name: str, folder: RunFolder, engine: Engine, progress: Progress,
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted(f"stage {name} was stopped at once; {_how_to_resume(folder)}") from None
         if isinstance(error, WorkerLostError):
-            raise WorkerLostError(f"stage {name}: {error}; {_how_to_resume(folder)}") from None
+            raise type(error)(f"stage {name}: {error}; {_how_to_resume(folder)}") from None
         raise
     if engine.is_primary:
         attempt.end(result)

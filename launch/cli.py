@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
-from dino_scale.errors import USERS_FILE_ERRORS, DinoScaleError, UserError
+from dino_scale.errors import USERS_FILE_ERRORS, ClusterLostError, DinoScaleError, UserError
 from launch.bench_cli import add_benchmarks
 from launch.plan_cli import add_plan_options
 from launch.security import redacted
@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         options.run(options)
+    except ClusterLostError as error:
+        _leave_at_once(_fail(str(error), error.exit_code))
     except DinoScaleError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -49,6 +51,13 @@ def _fail(message: str, code: int) -> int:
         print(redacted(traceback.format_exc()), file=sys.stderr)
     print(f"dino-scale: {redacted(message)}", file=sys.stderr)
     return code
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """Without the interpreter's own end, in which a library that waits for a lost cluster crashes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _report_bug() -> int:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from dino_scale.training.control import Event
 
-_SLOW = 1.5  # a worker is slow when its own work takes this many times the median of the others
+_SLOW = 1.5  # a worker is slow when its own work takes this many times the median of those on other machines
+_RECOVERED = 1.2  # and is so until it takes no longer than this many times
 _NOTICEABLE_SECONDS = 0.1  # per step; a smaller lag is noise
 _MUTE_SECONDS = 5.0  # a worker that takes longer to answer does not only wait for others
 _SILENT_SECONDS = 15.0  # a worker that has answered nothing for this long is worth a line
@@ -33,13 +34,16 @@ class Pulse:
 
 
 class Heartbeats:
-    """The latest pulse of every rank. names: what to call each, such as "worker 3 on 10.0.0.7"."""
+    """The latest pulse of every rank.
 
-    def __init__(self, names: Sequence[str], now: float) -> None:
-        self.names = tuple(names)
+    names: what to call each, such as "worker 3 on 10.0.0.7". machines: the address of each.
+    """
+
+    def __init__(self, names: Sequence[str], machines: Sequence[str], now: float) -> None:
+        self.names, self._machines = tuple(names), tuple(machines)
         self._pulses: dict[int, Pulse] = {}
         self._heard = [now] * len(names)
-        self._slow: set[int] = set()
+        self._slow: set[str] = set()  # machines
         self._silent: set[int] = set()
         self._stalled = False
 
@@ -73,20 +77,26 @@ class Heartbeats:
         return [*self._slow_remarks(), *self._silent_remarks(now), *self._stall_remarks(now)]
 
     def _slow_remarks(self) -> list[str]:
+        """One line for a machine, about its slowest worker.
+
+        Machines are compared with one another: workers that share one also share its cores, and whoever of them had to
+        wait for the others tells nothing that anybody could mend.
+        """
         own = {rank: pulse.own_seconds for rank, pulse in self._pulses.items() if pulse.own_seconds is not None}
         lines = []
-        for rank, seconds in own.items():
-            others = [value for other, value in own.items() if other != rank]
-            if not others:
+        for machine in dict.fromkeys(self._machines):
+            here = {rank: seconds for rank, seconds in own.items() if self._machines[rank] == machine}
+            elsewhere = [seconds for rank, seconds in own.items() if rank not in here]
+            if not here or not elsewhere:
                 continue
-            usual = statistics.median(others)
-            if seconds < _SLOW * usual or seconds - usual < _NOTICEABLE_SECONDS:
-                self._slow.discard(rank)
-            elif rank not in self._slow:
-                self._slow.add(rank)
+            rank, usual = max(here, key=lambda rank: here[rank]), statistics.median(elsewhere)
+            if here[rank] <= _RECOVERED * usual:
+                self._slow.discard(machine)
+            elif here[rank] >= max(_SLOW * usual, usual + _NOTICEABLE_SECONDS) and machine not in self._slow:
+                self._slow.add(machine)
                 lines.append(
-                    f"{self.names[rank]} is slow: its own part of a step takes {seconds:.2f} s, that of the others "
-                    f"{usual:.2f} s, and all wait for it; look at that machine"
+                    f"{self.names[rank]} is slow: its own part of a step takes {here[rank]:.2f} s, that of workers on "
+                    f"other machines {usual:.2f} s, and all wait for it; look at that machine"
                 )
         return lines
 

@@ -7,6 +7,7 @@ from the newest checkpoint with as many workers as there is room for and the bat
 from __future__ import annotations
 
 import os
+import queue
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,11 +17,12 @@ from typing import Any, TypeVar
 
 from dino_scale.checkpoint.store import list_checkpoints
 from dino_scale.config.schema import LaunchConfig
-from dino_scale.errors import DinoScaleError
-from dino_scale.training.control import MessageEvent
+from dino_scale.errors import ClusterLostError, DinoScaleError
+from dino_scale.training.control import Event, MessageEvent
 from launch.elastic import Retries, largest_fitting, worker_counts
 from launch.engine import Show
 from launch.ray_failures import Lost
+from launch.ray_head import Head
 from launch.ray_machines import Machines, described
 from launch.ray_placement import Placement, Worker
 from launch.ray_session import RaySession, import_ray
@@ -32,6 +34,8 @@ T = TypeVar("T")
 
 _SETTLE_SECONDS = 2.0  # machines often come in groups: grow once, not for each
 _PAUSE_SLICE_SECONDS = 0.2
+_DISMISS_SECONDS = 5.0
+_LAST_SAVE_SECONDS = 30.0  # without a head; after a minute of that Ray ends every process of the cluster
 
 
 class RayEngine:
@@ -42,6 +46,8 @@ class RayEngine:
         self.workers = launch.worker_range()
         self._session = RaySession(launch)
         self._machines: Machines
+        self._head: Head | None = None
+        self._watch: Watch | None = None
         self._group: Any = None
         self._team: list[Worker] = []
         self._released: Counter[str] = Counter()  # node -> workers whose processes may not be gone yet
@@ -54,17 +60,44 @@ class RayEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with undisturbed():
-            self._end_generation()
-            self._session.close()
+            lost = self._head is not None and self._head.lost
+            if lost:
+                self._dismiss_team()
+            else:
+                self._end_generation()
+            if self._head is not None:
+                self._head.close()
+            self._session.close(lost)
 
     def on_primary(self, function: Callable[[], T]) -> T:
         return function()
 
     def run(self, job: StageJob, stop: StopRequest, show: Show) -> StageResult:
-        if not self._session.is_open:
+        if self._head is None:
             self._session.open(show)
             stop.install_again()
+            self._head = self._session.head()
             self._machines = Machines(self.launch)
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+        def show_events() -> None:
+            while not events.empty():
+                show(events.get())
+
+        try:
+            return self._head.attend(lambda: self._supervise(job, stop, events.put), show_events)
+        except ClusterLostError as loss:
+            error = self._save_without_head(job, str(loss), show)
+            show_events()
+            raise error from None
+        except BaseException as error:
+            self._session.keep_logs = not isinstance(error, DinoScaleError | KeyboardInterrupt)
+            stop.requested = True  # nothing new is started, whatever raised this
+            self._end_generation()  # the others may wait in a collective for ever
+            raise
+
+    def _supervise(self, job: StageJob, stop: StopRequest, show: Show) -> StageResult:
+        """One generation after the other, until the stage is done, stopped, or cannot go on."""
         counts = worker_counts(job.config.stages[job.stage].batch, self.workers)
         tries = Retries(self.launch.retries)
         while True:
@@ -76,13 +109,18 @@ class RayEngine:
                 seconds = tries.pause_after(f"{loss}; Ray's logs: {self._session.logs()}", _newest(job))
                 self._pause(seconds, str(loss), stop, show)
                 continue
-            except BaseException as error:
-                self._session.keep_logs = not isinstance(error, DinoScaleError | KeyboardInterrupt)
-                self._end_generation()  # the others may wait in a collective for ever
-                raise
             self._session.keep_logs = False
             if result is not None:
                 return result
+
+    def _save_without_head(self, job: StageJob, loss: str, show: Show) -> ClusterLostError:
+        """The error to end with, after a last checkpoint where the workers are still there to write one."""
+        if self._watch is not None:
+            show(MessageEvent(f"{loss}; the workers are asked to save and to end"))
+            self._watch.save_and_end(_LAST_SAVE_SECONDS)
+        newest = _newest(job)
+        kept = f"the newest checkpoint is that of step {_step_of(newest)}" if newest else "there is no checkpoint yet"
+        return ClusterLostError(f"{loss}: {kept}; start the cluster again")
 
     # --- one generation -----------------------------------------------------------------------------------------------
 
@@ -94,6 +132,7 @@ class RayEngine:
             return StageResult(_step_of(_newest(job)), interrupted=True)
         self._more_since = None
         watch = Watch(self._team, self._machines, job, show, self._session.logs())
+        self._watch = watch
         result = watch.wait(stop, lambda: self._reason_to_move(counts), 60.0 * self.launch.patience_minutes)
         if not result.interrupted or stop.requested or watch.paused_for is None:
             return result
@@ -154,7 +193,14 @@ class RayEngine:
             ray.kill(worker.actor)
         if self._group is not None:
             ray.util.remove_placement_group(self._group)
-        self._team, self._group = [], None
+        self._team, self._group, self._watch = [], None, None
+
+    def _dismiss_team(self) -> None:
+        """End the workers without the cluster's help."""
+        ends = [worker.actor.end.remote() for worker in self._team]
+        if ends:  # time to send it; the answers would be that nobody is there any more
+            import_ray().wait(ends, num_returns=len(ends), timeout=_DISMISS_SECONDS)
+        self._team, self._group, self._watch = [], None, None
 
     def _pause(self, seconds: float, loss: str, stop: StopRequest, show: Show) -> None:
         later = f" in {seconds:.0f} s" if seconds else ""

@@ -122,19 +122,19 @@ class Placement:
     def _start_actor(self, group: Any, bundle: int, address: str) -> Any:
         ray = import_ray()
         needs, launch = self._machines.needs, self._launch
-        variables = {"OMP_NUM_THREADS": str(launch.threads)} if launch.threads else {}
-        if "GPU" not in needs:
-            variables["DS_ACCELERATOR"] = "cpu"
+        # On this machine alone the session has said it, and Ray can take processes that it has started beforehand.
+        told = launch.threads == 0 or launch.address == "local"
+        own = {} if told else {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(launch.threads)}}}
         actor = ray.remote(
             num_cpus=needs["CPU"],
             num_gpus=needs.get("GPU", 0),
             max_restarts=0,
             max_concurrency=2,
             concurrency_groups={"work": 1},  # `run` has a thread of its own, so that it never keeps the others waiting
-            runtime_env={"env_vars": variables},
             scheduling_strategy=ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
                 group, placement_group_bundle_index=bundle
             ),
+            **own,
         )(WorkerProcess)
         return actor.remote(address, launch.notice_file, 0.0 if launch.address == "local" else _LEASE_SECONDS)
 

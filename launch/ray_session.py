@@ -6,12 +6,14 @@ of this program sent along, so its machines need the installed dependencies but 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import shutil
 import socket
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from dino_scale.errors import UserError
 from dino_scale.training.control import MessageEvent
 from launch.engine import Show
 from launch.guardian import Guardian
+from launch.ray_head import Head
 from launch.security import authentication, require_closed
 
 # Read by Ray on import. The first one, despite its name, keeps a cluster that Ray starts on loopback.
@@ -27,6 +30,7 @@ _LOCAL_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent home
     "RAY_DEDUP_LOGS": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a call that comes too late must not start another Ray
 }
 _SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`, which sends its own working_dir
 
@@ -62,8 +66,16 @@ class RaySession:
             _require_open_port(self.launch.address)
             if not self.launch.insecure:
                 require_closed(self.launch.address)
-        options: dict[str, Any] = {"logging_level": "CRITICAL", "log_to_driver": False}  # errors come as exceptions
-        options |= self._local_options() if self.is_local else _shipped_code()
+        with self._local_options() if self.is_local else _shipped_code() as options:
+            self._connect(ray, options)
+        self._started = True
+        if self.launch.address == "auto" and not self.launch.insecure:
+            require_closed(ray.get_runtime_context().gcs_address)
+        # Otherwise Ray prints the last 20 lines of a lost machine's log; there is no public call against that.
+        ray._private.worker._worker_logs_enabled = False
+
+    def _connect(self, ray: Any, options: dict[str, Any]) -> None:
+        options |= {"logging_level": "CRITICAL", "log_to_driver": False}  # errors come as exceptions
         try:
             ray.init(address=self.launch.address, **options)
         except (ConnectionError, ValueError) as error:
@@ -83,11 +95,6 @@ class RaySession:
                 f"the Ray cluster at {self.launch.address} refuses this machine's token ({_first_line(error)}): put "
                 "the cluster's token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
             ) from None
-        self._started = True
-        if self.launch.address == "auto" and not self.launch.insecure:
-            require_closed(ray.get_runtime_context().gcs_address)
-        # Otherwise Ray prints the last 20 lines of a lost machine's log; there is no public call against that.
-        ray._private.worker._worker_logs_enabled = False
 
     def guard(self) -> None:
         """Let nothing that runs now outlive a killed driver; a cluster sees to that itself."""
@@ -95,9 +102,18 @@ class RaySession:
             self._dismiss_guardian()
             self._guardian = Guardian()
 
-    def close(self) -> None:
+    def head(self) -> Head:
+        """The head of the cluster that was joined."""
+        return Head(import_ray().get_runtime_context().gcs_address)
+
+    def close(self, head_lost: bool = False) -> None:
+        """head_lost: without the farewell to the cluster, for which Ray would wait until it ends this process."""
         if self._started:
-            import_ray().shutdown()
+            ray = import_ray()
+            if head_lost:
+                atexit.unregister(ray._private.worker.shutdown)
+            else:
+                ray.shutdown()
             self._started = False
         self._dismiss_guardian()
         if self._folder is not None and not self.keep_logs:
@@ -106,18 +122,21 @@ class RaySession:
     def logs(self) -> str:
         return f"{self._folder}/session_latest/logs" if self._folder else "on the cluster's machines, /tmp/ray"
 
-    def _local_options(self) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def _local_options(self) -> Iterator[dict[str, Any]]:
         self._folder = _new_folder()
-        return {
-            "num_cpus": max(os.cpu_count() or 1, self.launch.worker_range().max * max(1, self.launch.threads)),
-            "include_dashboard": False,
-            "_temp_dir": str(self._folder),
-            "object_store_memory": _OBJECT_STORE_BYTES,
-            "_system_config": {
-                "gcs_rpc_server_reconnect_timeout_s": 10,  # orphans give up after 10 s, not 60
-                "worker_niceness": 0,  # training is what the user waits for; Ray would run it at 15
-            },
-        }
+        workers, threads = self.launch.worker_range().max, self.launch.threads
+        with _inherited({"OMP_NUM_THREADS": str(threads)} if threads else {}):
+            yield {
+                "num_cpus": max(os.cpu_count() or 1, workers * max(1, threads)),
+                "include_dashboard": False,
+                "_temp_dir": str(self._folder),
+                "object_store_memory": _OBJECT_STORE_BYTES,
+                "_system_config": {
+                    "gcs_rpc_server_reconnect_timeout_s": 10,  # orphans give up after 10 s, not 60
+                    "worker_niceness": 0,  # training is what the user waits for; Ray would run it at 15
+                },
+            }
 
     def _dismiss_guardian(self) -> None:
         if self._guardian is not None:
@@ -142,12 +161,38 @@ def import_ray() -> Any:
     return ray
 
 
-def _shipped_code() -> dict[str, Any]:
-    """This program's packages as they are here, unless the job was submitted with its own working_dir."""
+@contextlib.contextmanager
+def _inherited(variables: dict[str, str]) -> Iterator[None]:
+    """Environment variables for the processes that are started meanwhile, not for this one."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _shipped_code() -> Iterator[dict[str, Any]]:
+    """Options that send this program's packages along, as they are here; none for a job that was submitted with its own
+    working_dir.
+
+    As a working_dir, not as py_modules: beside those, Ray lets workers look first in the folder where the driver was
+    started, which on another machine may be a checkout of another state. It holds the packages alone, not the data and
+    runs that lie beside them in a checkout.
+    """
     if _SUBMITTED_JOB in os.environ:
-        return {}
+        yield {}
+        return
     root = Path(__file__).parents[1]
-    return {"runtime_env": {"py_modules": [str(root / name) for name in _PACKAGES]}}
+    with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder:
+        for name in _PACKAGES:
+            shutil.copytree(root / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__"))
+        yield {"runtime_env": {"working_dir": folder}}
 
 
 def _require_open_port(address: str) -> None:

@@ -39,7 +39,8 @@ class Watch:
         self._runs = [
             worker.actor.run.options(concurrency_group="work").remote(job, worker.place) for worker in workers
         ]
-        self._hearts = Heartbeats([worker.name for worker in workers], time.monotonic())
+        addresses = [worker.machine.address for worker in workers]
+        self._hearts = Heartbeats([worker.name for worker in workers], addresses, time.monotonic())
         self._pulses: dict[int, tuple[Any, float]] = {}  # rank -> (answer under way, asked when)
         self._pulse_seconds = len(workers) * _PULSE_SHARE  # between two questions to one worker
         self._unreachable: dict[str, int] = {}  # node -> probes in a row that failed
@@ -70,6 +71,21 @@ class Watch:
             self._take_last_events(last_words)
         result: StageResult = ray.get(self._runs[0])
         return result
+
+    def save_and_end(self, seconds: float) -> None:
+        """Have all workers save and return, and wait so long for it, unless one of them fails.
+
+        For the end of a run whose cluster has lost its head: nobody but the workers themselves is asked.
+        """
+        ray = import_ray()
+        for worker in self._workers:
+            worker.actor.request_stop.remote()
+        deadline, pending = time.monotonic() + seconds, list(self._runs)
+        while pending and time.monotonic() < deadline:
+            done, pending = ray.wait(pending, num_returns=len(pending), timeout=_POLL_SECONDS)
+            if any(error_of(run) is not None for run in done):
+                return
+        self._take_last_events(_LAST_EVENTS_OF_LOST_SECONDS)
 
     # --- heartbeats ---------------------------------------------------------------------------------------------------
 

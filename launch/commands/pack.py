@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -51,8 +52,17 @@ def runner_of(arguments: argparse.Namespace, console: Console) -> Iterator[Runne
         return
     from launch.ray_tasks import RayTasks  # late: Ray is slow to import
 
+    _make_absolute(arguments)
     with RayTasks(arguments.address, arguments.workers, lambda event: _say(event, console)) as runner:
         yield runner
+
+
+def _make_absolute(arguments: argparse.Namespace) -> None:
+    """All paths: tasks work in a folder of their own."""
+    for name, value in vars(arguments).items():
+        if isinstance(value, Path):
+            setattr(arguments, name, value.absolute())
+    arguments.images = [folder.absolute() for folder in arguments.images or ()]
 
 
 def _say(event: Event, console: Console) -> None:

@@ -68,9 +68,10 @@ def pulse(step: int | None = 1, idle: float = 0.0, own: float | None = 1.0) -> P
     return Pulse((), step, idle, own, notice=False)
 
 
-def hearts(*pulses: Pulse | None) -> Heartbeats:
-    """At time 0, those that are not None answer."""
-    found = Heartbeats([f"worker {rank}" for rank in range(len(pulses))], now=0.0)
+def hearts(*pulses: Pulse | None, machines: str | None = None) -> Heartbeats:
+    """At time 0, those that are not None answer. machines: a letter for each; None: one machine each."""
+    names = [f"worker {rank}" for rank in range(len(pulses))]
+    found = Heartbeats(names, machines or names, now=0.0)
     for rank, answer in enumerate(pulses):
         if answer is not None:
             found.note(rank, answer, now=0.0)
@@ -80,12 +81,27 @@ def hearts(*pulses: Pulse | None) -> Heartbeats:
 def test_a_slow_worker_is_named_once_until_it_has_recovered() -> None:
     found = hearts(pulse(own=1.0), pulse(own=1.1), pulse(own=1.8))
     (line,) = found.remarks(0.0)
-    assert line.startswith("worker 2 is slow: its own part of a step takes 1.80 s, that of the others 1.05 s")
+    assert line.startswith(
+        "worker 2 is slow: its own part of a step takes 1.80 s, that of workers on other machines 1.05"
+    )
     assert found.remarks(0.0) == []
-    found.note(2, pulse(own=1.0), 1.0)
-    assert found.remarks(1.0) == []
-    found.note(2, pulse(own=1.8), 2.0)
-    assert len(found.remarks(2.0)) == 1
+    for own, news in ((1.4, 0), (1.8, 0), (1.2, 0), (1.8, 1)):  # 1.4 is less slow, 1.2 is no longer slow
+        found.note(2, pulse(own=own), 1.0)
+        assert len(found.remarks(1.0)) == news
+
+
+def test_machines_are_compared_not_workers_that_share_one() -> None:
+    assert hearts(pulse(own=1.0), pulse(own=9.0), machines="aa").remarks(0.0) == []
+    assert hearts(pulse(own=1.0), pulse(own=9.0), pulse(own=None), machines="aab").remarks(0.0) == []
+    both = hearts(*[pulse(own=own) for own in (1.0, 1.0, 4.0, 5.0)], machines="aabb")
+    (line,) = both.remarks(0.0)
+    assert line.startswith(
+        "worker 3 is slow: its own part of a step takes 5.00 s, that of workers on other machines 1.00"
+    )
+    assert both.remarks(0.0) == []
+    one = hearts(*[pulse(own=own) for own in (1.0, 1.0, 1.0, 5.0)], machines="aabb")
+    (line,) = one.remarks(0.0)
+    assert line.startswith("worker 3 is slow: its own part of a step takes 5.00 s")
 
 
 def test_small_or_unknown_differences_are_no_news() -> None:

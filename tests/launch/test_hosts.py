@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import signal
-import subprocess
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,27 +19,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support.host_runs import (
+    ENDLESS,
+    EVERY,
+    FAULT_STEP,
+    STEPS,
+    Job,
+    assert_each_step_once,
+    stop,
+    train,
+    write_chain,
+)
 from tests.support.hosts import Host, RayHosts, ray_hosts, why_not
 
 NO_HOSTS = why_not()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NO_HOSTS is not None, reason=str(NO_HOSTS))]
 
-STEPS, FAULT_STEP, EVERY = 120, 12, 10
-ENDLESS = "stages.only.schedule.steps=100000"
-CHAIN = """
-name: hosts
-model: {{extends: {configs}/model/small.yaml, hidden: 32, heads: 2, feedforward: 32}}
-launch: {{workers: {{min: 1, max: 2}}, address: "{address}", notice_file: {notice}}}
-stages:
-  only:
-    extends: {configs}/stage/small_images.yaml
-    data: {{train: {shards}}}
-    batch: {{global_size: 4, microbatch: 2}}
-    schedule: {{steps: {steps}}}
-    checkpoint: {{every_steps: {every}}}
-    log_every_steps: 1
-    precision: fp32
-"""
 Record = Callable[[str, object], None]
 
 
@@ -51,79 +45,13 @@ def cluster() -> Iterator[RayHosts]:
 
 
 @pytest.fixture(scope="module")
-def chain(cluster: RayHosts, tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
-    path = tmp_path_factory.mktemp("hosts") / "chain.yaml"
-    text = CHAIN.format(
-        configs=Path(__file__).parents[2] / "configs",
-        address=cluster.address,
-        notice=f"{cluster.network.ray_folder}/notice",  # that folder is each host's own
-        shards=tiny_data / "objects" / "train",
-        steps=STEPS,
-        every=EVERY,
-    )
-    path.write_text(text)
-    return path
+def data(tiny_data: Path) -> Path:
+    return tiny_data / "objects"
 
 
-class Job:
-    """`python -m launch` on the head, and what is known of its run."""
-
-    def __init__(self, cluster: RayHosts, run: Path, *arguments: str) -> None:
-        self.run, self._output = run, run.with_suffix(".out")
-        command = [sys.executable, "-m", "launch", *arguments]
-        with self._output.open("a") as file:
-            self.process = cluster.head.popen(command, stdout=file, stderr=subprocess.STDOUT)
-
-    @property
-    def output(self) -> str:
-        return self._output.read_text()
-
-    def lines(self) -> list[dict]:
-        """Of metrics.jsonl; the last one may still be half written."""
-        path = self.run / "only" / "metrics.jsonl"
-        texts = path.read_text().split("\n")[:-1] if path.exists() else []
-        return [json.loads(text) for text in texts]
-
-    def wait_until(self, holds: Callable[[], object], what: str, seconds: float = 150.0) -> None:
-        deadline = time.monotonic() + seconds
-        while not holds():
-            assert self.process.poll() is None, f"ended while waiting for {what}:\n{self.output[-3000:]}"
-            assert time.monotonic() < deadline, f"no {what} in {seconds} s:\n{self.output[-3000:]}"
-            time.sleep(0.05)
-
-    def wait_for_step(self, step: int) -> None:
-        self.wait_until(lambda: any(line["step"] >= step for line in self.lines()), f"step {step}")
-
-    def seconds_to_new_step(self, fault: float, world: int) -> float:
-        """From the moment `fault` to the first step that `world` workers did after it."""
-
-        def new() -> list[float]:
-            return [line["time"] for line in self.lines() if line["time"] > fault and line["world_size"] == world]
-
-        self.wait_until(new, f"step by {world} worker(s)")
-        return round(min(new()) - fault, 1)
-
-    def python(self) -> psutil.Process:
-        """The driver itself, below nsenter."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return next(child for child in children if "launch" in child.cmdline())
-
-    def end(self, code: int) -> None:
-        self.process.wait(200)
-        assert self.process.returncode == code, self.output[-3000:]
-
-
-def train(cluster: RayHosts, chain: Path, run: Path, *overrides: str) -> Job:
-    sets = [part for override in overrides for part in ("--set", override)]
-    return Job(cluster, run, "train", str(chain), "--run-dir", str(run), *sets)
-
-
-def stop(job: Job) -> None:
-    """By SIGTERM, as a batch system does it; the run must say that it can be resumed."""
-    job.python().send_signal(signal.SIGTERM)
-    job.end(4)
-    assert f"dino-scale resume {job.run}" in job.output
-    assert json.loads((job.run / "chain.json").read_text())["stages"]["only"]["state"] == "interrupted"
+@pytest.fixture(scope="module")
+def chain(cluster: RayHosts, tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    return write_chain(tmp_path_factory.mktemp("hosts") / "chain.yaml", cluster, data)
 
 
 def give_back(cluster: RayHosts, host: Host) -> None:
@@ -134,24 +62,18 @@ def give_back(cluster: RayHosts, host: Host) -> None:
     cluster.join(host)
 
 
-def assert_each_step_once(job: Job) -> None:
-    """The log holds every step of the trajectory once, each with as many samples as the batch says."""
-    done = range(1, len(job.lines()) + 1)
-    assert [(line["step"], line["samples_seen"]) for line in job.lines()] == [(step, 4 * step) for step in done]
-
-
 @pytest.fixture(scope="module")
-def undisturbed(cluster: RayHosts, chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    job = train(cluster, chain, tmp_path_factory.mktemp("undisturbed") / "run")
+def undisturbed(cluster: RayHosts, chain: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    job = train(cluster.head, chain, tmp_path_factory.mktemp("undisturbed") / "run")
     job.end(0)
-    assert_each_step_once(job)
+    assert_each_step_once(job, data)
     assert {line["world_size"] for line in job.lines()} == {2} and len(job.lines()) == STEPS
     return job
 
 
-def assert_same_trajectory(job: Job, undisturbed: Job) -> None:
+def assert_same_trajectory(job: Job, undisturbed: Job, data: Path) -> None:
     """Up to the order in which numbers are added up, which training magnifies: early steps are judged strictly."""
-    assert_each_step_once(job)
+    assert_each_step_once(job, data)
     pairs = [(line["loss"], other["loss"]) for line, other in zip(job.lines(), undisturbed.lines(), strict=False)]
     assert len(pairs) > FAULT_STEP + EVERY
     assert [one for one, _ in pairs[:50]] == pytest.approx([other for _, other in pairs[:50]], rel=1e-3)
@@ -159,9 +81,9 @@ def assert_same_trajectory(job: Job, undisturbed: Job) -> None:
 
 
 def test_a_host_is_killed_and_comes_back(
-    cluster: RayHosts, chain: Path, undisturbed: Job, tmp_path: Path, record_property: Record
+    cluster: RayHosts, chain: Path, data: Path, undisturbed: Job, tmp_path: Path, record_property: Record
 ) -> None:
-    job = train(cluster, chain, tmp_path / "run", ENDLESS)
+    job = train(cluster.head, chain, tmp_path / "run", ENDLESS)
     job.wait_for_step(FAULT_STEP)
     fault = time.time()
     cluster.workers[0].kill()
@@ -176,13 +98,13 @@ def test_a_host_is_killed_and_comes_back(
     worlds = [line["world_size"] for line in job.lines()]
     assert [world for world, _ in itertools.groupby(worlds)] == [2, 1, 2]
     assert worlds.index(1) % EVERY == 0, "it did not continue from a checkpoint"
-    assert_same_trajectory(job, undisturbed)
+    assert_same_trajectory(job, undisturbed, data)
 
 
 def test_a_host_is_cut_off_the_job_is_stopped_and_everything_is_lost(
-    cluster: RayHosts, chain: Path, undisturbed: Job, tmp_path: Path, record_property: Record
+    cluster: RayHosts, chain: Path, data: Path, undisturbed: Job, tmp_path: Path, record_property: Record
 ) -> None:
-    job = train(cluster, chain, tmp_path / "run")
+    job = train(cluster.head, chain, tmp_path / "run")
     job.wait_for_step(FAULT_STEP)
     fault = time.time()
     cluster.workers[1].cut_off()
@@ -190,21 +112,38 @@ def test_a_host_is_cut_off_the_job_is_stopped_and_everything_is_lost(
     assert "cannot be reached" in job.output
     stop(job)
     give_back(cluster, cluster.workers[1])
-    job = Job(cluster, job.run, "resume", str(job.run))
+    job = Job(cluster.head, job.run, "resume", str(job.run))
     fault = time.time()
     record_property("resume, seconds", job.seconds_to_new_step(fault, world=2))
     cluster.lose_everything()
     job.process.wait(60)
     fault = time.time()
-    job = Job(cluster, job.run, "resume", str(job.run))
+    job = Job(cluster.head, job.run, "resume", str(job.run))
     record_property("resume after everything was lost, seconds", job.seconds_to_new_step(fault, world=2))
     job.end(0)
     assert len(job.lines()) == STEPS
-    assert_same_trajectory(job, undisturbed)
+    assert_same_trajectory(job, undisturbed, data)
+    assert_same_result(job, undisturbed)
     one, other = (flat_weights(each.run) for each in (job, undisturbed))
     distance = float((one - other).norm() / other.norm())
     record_property("relative distance of the final weights", distance)
     assert distance < 1e-2
+
+
+def assert_same_result(job: Job, undisturbed: Job) -> None:
+    """Final COCO numbers, loss of the last epoch, and how sure both detectors are of what they find."""
+    one, other = (evaluation(each) for each in (job, undisturbed))
+    assert one["metrics"] == pytest.approx(other["metrics"], abs=0.02)
+    first, second = (statistics.mean(line["loss"] for line in each.lines()[-4:]) for each in (job, undisturbed))
+    assert first == pytest.approx(second, rel=0.02)
+    first, second = (sorted(found["score"] for found in each["detections"]) for each in (one, other))
+    assert len(first) > 100 and first[-1] > 0 and first == pytest.approx(second, rel=0.05)
+
+
+def evaluation(job: Job) -> dict:
+    stem = job.run / "only" / "evaluation" / f"step_{STEPS:08d}"
+    metrics = json.loads(stem.with_suffix(".json").read_text())["metrics"]
+    return {"metrics": metrics, "detections": json.loads(Path(f"{stem}_detections.json").read_text())}
 
 
 def flat_weights(run: Path) -> torch.Tensor:
@@ -215,7 +154,7 @@ def flat_weights(run: Path) -> torch.Tensor:
 def test_a_killed_raylet_is_a_lost_host(
     cluster: RayHosts, chain: Path, tmp_path: Path, record_property: Record
 ) -> None:
-    job = train(cluster, chain, tmp_path / "run", "launch.retries=1", ENDLESS)
+    job = train(cluster.head, chain, tmp_path / "run", "launch.retries=1", ENDLESS)
     job.wait_for_step(FAULT_STEP)
     fault = time.time()
     (raylet,) = [process for process in cluster.workers[0].processes("raylet") if process.name() == "raylet"]
@@ -228,7 +167,7 @@ def test_a_killed_raylet_is_a_lost_host(
 def test_a_host_is_drained_then_another_gives_notice(
     cluster: RayHosts, chain: Path, tmp_path: Path, record_property: Record
 ) -> None:
-    job = train(cluster, chain, tmp_path / "run", "launch.patience_minutes=5", ENDLESS)
+    job = train(cluster.head, chain, tmp_path / "run", "launch.patience_minutes=5", ENDLESS)
     job.wait_for_step(FAULT_STEP)
     fault = time.time()
     drain(cluster, cluster.workers[1])
@@ -266,7 +205,7 @@ def drain(cluster: RayHosts, host: Host) -> None:
 def test_a_slow_worker_is_named_and_a_hung_one_replaced(
     cluster: RayHosts, chain: Path, tmp_path: Path, record_property: Record
 ) -> None:
-    job = train(cluster, chain, tmp_path / "run", "launch.patience_minutes=0.2", ENDLESS)
+    job = train(cluster.head, chain, tmp_path / "run", "launch.patience_minutes=0.2", ENDLESS)
     job.wait_for_step(FAULT_STEP)
     host = cluster.workers[1]
     (worker,) = host.processes("ray::WorkerProcess")
@@ -286,4 +225,4 @@ def doze(process: psutil.Process) -> None:
     process.suspend()
     time.sleep(0.3)
     process.resume()
-    time.sleep(0.05)
+    time.sleep(0.02)  # less than a step, so that each has its share

@@ -34,8 +34,9 @@ class FakeCluster:
     def address(self) -> str:
         return str(self._cluster.address)
 
-    def add(self) -> None:
-        self.nodes.append(self._cluster.add_node(**self._options(1)))
+    def add(self, **environment: str) -> None:
+        """environment: variables of the node and its workers, beside those of this process."""
+        self.nodes.append(self._cluster.add_node(**self._options(1), env_vars=environment))
 
     def kill(self) -> None:
         """The newest node, without a word of warning to the others."""

@@ -90,8 +90,9 @@ class Host:
         return str(out)
 
     def kill(self) -> None:
-        """Power off: every process is gone at once."""
-        os.kill(self._first, signal.SIGKILL)
+        """Power off: every process is gone at once. Nothing happens to a host that is off already."""
+        if self._outer.poll() is None:
+            os.kill(self._first, signal.SIGKILL)
         self._outer.wait(30)
 
     def restart(self) -> None:
@@ -117,8 +118,7 @@ class Host:
         return found
 
     def remove(self) -> None:
-        if self._outer.poll() is None:
-            self.kill()
+        self.kill()
         _run("ip", "netns", "del", self.name)
 
 
@@ -156,6 +156,7 @@ class RayHosts:
         network.environment |= {f"RAY_health_check_{check}": "1000" for check in self._CHECKS}
         network.environment |= {
             "RAY_health_check_failure_threshold": "3",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # not the loopback of the other tests (tests/launch/conftest.py)
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(16),

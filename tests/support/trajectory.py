@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.index import Index
-from data_pipeline.order import SampleStream
 from data_pipeline.pack import pack
 from data_pipeline.synthetic import write_synthetic
 from dino_scale.checkpoint.layout import list_checkpoints
@@ -39,6 +38,7 @@ from dino_scale.training.control import Event
 from dino_scale.training.sample_log import read_samples
 from launch.worker import StageJob, run_stage
 from tests.support.processes import run_ranks
+from tests.support.sample_ids import expected_images
 
 STAGE = "only"
 SEED, IMAGES, GLOBAL_BATCH = 11, 27, 8
@@ -158,10 +158,7 @@ def samples(run: Path) -> list[list[int]]:
 
 
 def expected_samples(shards: Path, steps: int) -> list[list[int]]:
-    """The image ids of every step, from the definition of the order alone."""
-    index = Index.open(shards)
-    ids = [index.image_id(sample) for sample, _ in SampleStream(len(index), SEED).take(0, steps * GLOBAL_BATCH)]
-    return [ids[start : start + GLOBAL_BATCH] for start in range(0, len(ids), GLOBAL_BATCH)]
+    return expected_images(shards, SEED, GLOBAL_BATCH, steps)
 
 
 def box_counts(shards: Path) -> list[int]:
