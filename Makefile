@@ -57,7 +57,7 @@ ifeq ($(SHARDS),)
 	$(BIN)/python -c 'import pathlib, data_pipeline.synthetic as drawn; drawn.write_synthetic(pathlib.Path("$(FOLDER)/raw"), "objects", 0, 200, 1)'
 	$(BIN)/dino-scale pack --annotations $(FOLDER)/raw/train.json --images $(FOLDER)/raw/train/images --out $(FOLDER)/shards
 endif
-	OMP_NUM_THREADS=1 $(BIN)/dino-scale bench loader $(or $(SHARDS),$(FOLDER)/shards) --out $(FOLDER)/loader.json
+	OMP_NUM_THREADS=1 $(BIN)/dino-scale bench loader $(or $(SHARDS),$(FOLDER)/shards) --out $(FOLDER)/loader_cpu.csv
 
 demo: $(STAMP)
 	$(BIN)/dino-scale demo

@@ -1,10 +1,10 @@
-"""Refusing, before a worker starts, a chain that cannot fit into the memory of this machine."""
+"""Refusing, before a step is done, a chain that cannot fit into the memory that its workers have."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,7 +45,8 @@ def room_here(workers_here: int) -> Room:
 
 
 def check_memory(config: ChainConfig, workers: WorkerRange) -> None:
-    """`require_memory` where it is known what the workers will find: not on the hosts of a cluster elsewhere."""
+    """`require_memory` where it is known what the workers will find; those of a cluster say it when they have started
+    (`require_memory_of`)."""
     here = workers_here(config.launch, workers.max)
     if config.launch.check_memory and here is not None:
         require_memory(config, workers, room_here(here))
@@ -58,10 +59,18 @@ def workers_here(launch: LaunchConfig, workers: int) -> int | None:
     return workers if launch.engine == "local" or launch.address == "local" else None
 
 
-def require_memory(config: ChainConfig, bounds: WorkerRange, room: Room) -> None:
-    """UserError, naming stage, need, room and a remedy, for the first stage that does not fit into `room`."""
+def require_memory_of(config: ChainConfig, stage: str, rooms: Mapping[str, Room]) -> None:
+    """`require_memory` for one stage and the workers that are there. rooms: what each has, by its name."""
+    name, room = min(rooms.items(), key=lambda item: item[1].bytes)
+    room = replace(room, where=f"{room.where} ({name})")
+    require_memory(config, WorkerRange(len(rooms), len(rooms)), room, [stage])
+
+
+def require_memory(config: ChainConfig, bounds: WorkerRange, room: Room, stages: Sequence[str] | None = None) -> None:
+    """UserError, naming stage, need, room and a remedy, for the first of `stages` (default: all) that does not fit."""
     measured: Measured = {}
-    for name, stage in config.stages.items():
+    for name in stages or config.stages:
+        stage = config.stages[name]
         workers = worker_counts(stage.batch, bounds)[-1]  # the fewer share the state, the more each needs
         classes = len(open_dataset(stage.data.train, stage.data.cache, stage.data.cache_shards).categories)
         needs = StageNeeds(config, name, classes, workers, room.device, measured)

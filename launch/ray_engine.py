@@ -21,6 +21,7 @@ from dino_scale.errors import ClusterLostError, DinoScaleError
 from dino_scale.training.control import Event, MessageEvent
 from launch.elastic import Retries, largest_fitting, worker_counts
 from launch.engine import Show
+from launch.memory_check import require_memory_of
 from launch.ray_failures import Lost
 from launch.ray_head import Head
 from launch.ray_machines import Machines, described
@@ -35,6 +36,7 @@ T = TypeVar("T")
 _SETTLE_SECONDS = 2.0  # machines often come in groups: grow once, not for each
 _PAUSE_SLICE_SECONDS = 0.2
 _DISMISS_SECONDS = 5.0
+_ROOM_SECONDS = 60.0  # for the workers to say what memory they have
 _LAST_SAVE_SECONDS = 30.0  # without a head; after a minute of that Ray ends every process of the cluster
 
 
@@ -51,6 +53,7 @@ class RayEngine:
         self._group: Any = None
         self._team: list[Worker] = []
         self._released: Counter[str] = Counter()  # node -> workers whose processes may not be gone yet
+        self._fitting: set[str] = set()  # stages that were found to fit into the workers' memory
         self._more_since: float | None = None  # since when there has been room for more workers
 
     def __enter__(self) -> RayEngine:
@@ -130,6 +133,7 @@ class RayEngine:
             self._end_generation()
         if not self._team and not self._place_workers(counts, stop, show):
             return StageResult(_step_of(_newest(job)), interrupted=True)
+        self._require_memory(job)
         self._more_since = None
         watch = Watch(self._team, self._machines, job, show, self._session.logs())
         self._watch = watch
@@ -158,6 +162,21 @@ class RayEngine:
         if self._session.is_local:
             self._warn_of_crowding(show)
         return True
+
+    def _require_memory(self, job: StageJob) -> None:
+        """UserError where a stage cannot fit. Once a stage; on a cluster only the workers know what they have."""
+        if self._session.is_local or not self.launch.check_memory or job.stage in self._fitting:
+            return
+        ray = import_ray()
+        rooms = [worker.actor.room.remote(worker.place.local_world) for worker in self._team]
+        try:
+            found = ray.get(rooms, timeout=_ROOM_SECONDS)
+        except ray.exceptions.RayError as error:
+            raise Lost(f"a worker was lost before it began ({type(error).__name__})") from None
+        require_memory_of(
+            job.config, job.stage, {worker.name: room for worker, room in zip(self._team, found, strict=True)}
+        )
+        self._fitting.add(job.stage)
 
     def _reason_to_move(self, counts: list[int]) -> str | None:
         """Why the workers should be placed anew: one of their machines is about to go, or there is room for more."""

@@ -11,12 +11,16 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dino_scale.training.control import Event
 from launch.heartbeat import Pulse
 from launch.memory_events import out_of_memory_kills
 from launch.network import interface_of
 from launch.worker import StageJob, StageResult, run_stage
+
+if TYPE_CHECKING:
+    from launch.memory_check import Room
 
 _REMEMBERED_STEPS, _ENOUGH_STEPS = 9, 5
 _ABANDONED = "dino-scale: no driver has asked for this worker for {:.0f} s, so it ends\n"
@@ -60,6 +64,12 @@ class WorkerProcess:
 
         load_deepspeed()
         return os.getpid(), out_of_memory_kills()
+
+    def room(self, workers_here: int) -> Room:
+        """The memory that this worker may use, being one of so many on its machine."""
+        from launch.memory_check import room_here
+
+        return room_here(workers_here)
 
     def free_port(self, address: str) -> int:
         """A TCP port of this host that was free a moment ago."""

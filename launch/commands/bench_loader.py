@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import itertools
-import os
-import platform
-import subprocess
-from pathlib import Path
 
 from rich.console import Console
 
 from data_pipeline.bench import Row, measure_loader
 from dino_scale.errors import UserError
+from launch.commands.output import new_table, require_new_file
+from launch.provenance import commit, machine, today
 
-_COLUMNS = ("date", "machine", "commit", "what", "way", "value", "unit", "ratio", "against")
+_COLUMNS = ("date", "commit", "machine", "what", "way", "value", "unit", "ratio", "against")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.out.exists():
-        raise UserError(f"'{arguments.out}' exists: give a new file with --out")
+    require_new_file(arguments.out)
     if arguments.images < 1:
         raise UserError(f"bench loader: --images is {arguments.images}: expected 1 or more")
     console = Console(highlight=False, soft_wrap=True)
     rows = measure_loader(arguments.shards, arguments.images, lambda text: console.print(f"{text} ..."))
-    today, machine = datetime.datetime.now(datetime.UTC).date().isoformat(), platform.machine()
-    start = (today, f"{machine}, {os.cpu_count()} CPUs", commit())
+    source = (today(), commit(), machine("cpu"))
     first = next(rows)  # before the file is made: the folder of shards may be wrong
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(_COLUMNS)
+    with new_table(arguments.out, _COLUMNS) as add:
         for row in itertools.chain([first], rows):
             console.print(line(row), markup=False)
-            writer.writerow((*start, row.what, row.way, f"{row.value:.4g}", row.unit, _ratio(row), row.against))
-            file.flush()
+            add((*source, row.what, row.way, f"{row.value:.4g}", row.unit, _ratio(row), row.against))
 
 
 def line(row: Row) -> str:
@@ -50,21 +40,3 @@ def line(row: Row) -> str:
 
 def _ratio(row: Row) -> str:
     return "" if row.ratio is None else f"{row.ratio:.3f}"
-
-
-def commit() -> str:
-    """Of the checkout this runs from, with a + where files differ from it; empty outside of one."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--abbrev=12",
-        "--dirty=+",
-        "--exclude=*",
-    ]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""

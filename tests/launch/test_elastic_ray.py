@@ -22,7 +22,7 @@ from dino_scale.config.schema import (
     ScheduleConfig,
     WorkerRange,
 )
-from dino_scale.errors import WorkerLostError
+from dino_scale.errors import UserError, WorkerLostError
 from dino_scale.training.control import Event, MessageEvent, StepEvent
 from launch.ray_engine import RayEngine
 from launch.signals import StopRequest
@@ -210,3 +210,13 @@ def _grows(engine: RayEngine, config: ChainConfig, folder: Path, gain: Observer)
     worlds = [line["world_size"] for line in lines(folder)]
     assert worlds == sorted(worlds) and set(worlds) == {1, 2}
     assert any("because there is room for 2 workers now" in text for text in gain.messages)
+
+
+def test_what_fits_into_no_worker_is_refused(engine: RayEngine, config: ChainConfig, tmp_path: Path) -> None:
+    """A cluster's workers say what memory they have, the driver compares; its own is of no interest."""
+    sizes = replace(config.stages["only"].augmentation, scales=(30000,), max_size=30000)
+    huge = replace(config, stages={"huge": replace(config.stages["only"], augmentation=sizes)})
+    expected = r"stages\.huge needs about .* free memory for 1 worker\(s\) on this machine \(worker . on 127\.0\.0\.1\)"
+    with pytest.raises(UserError, match=expected):
+        engine.run(StageJob(str(tmp_path), "huge", huge), StopRequest(), Observer(1, nothing))
+    assert not (tmp_path / "huge").exists()
