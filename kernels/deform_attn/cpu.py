@@ -17,6 +17,7 @@ from kernels.threads import in_threads
 
 try:
     from kernels.deform_attn import cpu_loops
+    from kernels.deform_attn.lines import LINE_BYTES
 except ImportError as error:
     raise RuntimeError(
         f"deform_attn: impl='cpu' needs numba ({error}); pip install numba or use impl='reference'"
@@ -28,17 +29,24 @@ except RuntimeError as error:  # numba found no folder it may write
 
 
 READS_WORTH_SORTING = 4  # samples per cell and head
+BANDS = 16  # of a map, to order queries in
 
 
 def forward(value: Tensor, offsets: Tensor, logits: Tensor, reference_points: Tensor, sizes: list[int]) -> Tensor:
     """(B, Q, M * D) in the dtype of `value`; arguments as checked by the operator."""
     batch, _, heads, channels = value.shape
-    queries = offsets.shape[1]
-    inputs = _arrays(value, offsets, logits, reference_points)
-    output = torch.empty((batch, queries, heads, channels), dtype=_compute_dtype(value))
-    run = functools.partial(cpu_loops.forward, *inputs, _levels(sizes), output.numpy())
+    queries, compute = offsets.shape[1], _compute_dtype(value)
+    rows = _whole_lines(value, compute)
+    output = torch.empty((batch, queries, heads, rows.shape[3]), dtype=compute)
+    run = functools.partial(
+        cpu_loops.forward,
+        rows.numpy(),
+        _inputs(offsets, logits, reference_points, sizes, compute),
+        _order(reference_points),
+        output.numpy(),
+    )
     in_threads(run, batch * queries)
-    return output.view(batch, queries, heads * channels).to(value.dtype)
+    return output[..., :channels].flatten(2).to(value.dtype)
 
 
 def backward(
@@ -50,45 +58,74 @@ def backward(
     compute = _compute_dtype(value)
     # Rows of one head side by side stay in the cache; bringing them there and back pays where cells are read often.
     by_head = queries * samples > READS_WORTH_SORTING * tokens
-    layout = (batch, heads, tokens, channels) if by_head else (batch, tokens, heads, channels)
-    head_step, cell_step = (tokens * channels, channels) if by_head else (channels, heads * channels)
-    inputs = (*_arrays(value.transpose(1, 2) if by_head else value, offsets, logits, reference_points), _levels(sizes))
+    rows = _whole_lines(value.transpose(1, 2) if by_head else value, compute)
+    row = rows.shape[3]
+    head_step, cell_step = (tokens * row, row) if by_head else (row, heads * row)
+    inputs = _inputs(offsets, logits, reference_points, sizes, compute)
     # A head owns its part of the value gradient, so ranges of (image, head) never write the same cell.
     gradients = (
-        torch.zeros(layout, dtype=compute),
-        torch.empty(offsets.shape, dtype=compute),
-        torch.empty(logits.shape, dtype=compute),
+        torch.zeros_like(rows),
+        torch.empty(inputs[0].shape, dtype=compute),
+        torch.empty(inputs[1].shape, dtype=compute),
     )
     run = functools.partial(
         cpu_loops.backward,
-        _array(grad, compute).reshape(batch, -1, heads, channels),
+        _whole_lines(grad.view(batch, queries, heads, channels), compute).numpy(),
+        rows.numpy(),
         inputs,
-        (tokens * heads * channels, head_step, cell_step),
+        _order(reference_points),
+        (tokens * heads * row, head_step, cell_step),
         tuple(tensor.numpy() for tensor in gradients),
     )
     in_threads(run, batch * heads)
     grad_value, grad_offsets, grad_logits = gradients
-    grad_value = (grad_value.transpose(1, 2) if by_head else grad_value).to(value.dtype).contiguous()
-    return grad_value, grad_offsets.to(offsets.dtype), grad_logits.to(logits.dtype)
+    grad_value = (grad_value.transpose(1, 2) if by_head else grad_value)[..., :channels].to(value.dtype).contiguous()
+    grad_offsets = grad_offsets[:, :, :, :samples].to(offsets.dtype).contiguous().view(offsets.shape)
+    return grad_value, grad_offsets, grad_logits[..., :samples].to(logits.dtype).contiguous()
 
 
 def _compute_dtype(value: Tensor) -> torch.dtype:
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
-def _array(tensor: Tensor, dtype: torch.dtype) -> Any:
-    return tensor.detach().to(dtype).contiguous().numpy()
+def _whole_lines(tensor: Tensor, compute: torch.dtype, dim: int = -1) -> Tensor:
+    """Contiguous, in the dtype of the loops, its dimension `dim` filled up with zeros to whole lines of numbers."""
+    tensor = tensor.detach().to(compute)
+    missing = -tensor.shape[dim] % (LINE_BYTES // compute.itemsize)
+    if missing:
+        tensor = torch.cat([tensor, tensor.new_zeros(*tensor.shape[:dim], missing, *tensor.shape[dim:][1:])], dim)
+    return tensor.contiguous()
 
 
-def _arrays(value: Tensor, offsets: Tensor, logits: Tensor, reference_points: Tensor) -> list[Any]:
-    """As the loops take them. The weights are computed here: torch has vectors of exponentials, numba has not."""
-    compute = _compute_dtype(value)
-    weights = logits.detach().to(compute).softmax(-1)
-    return [_array(tensor, compute) for tensor in (value, offsets, weights, reference_points)]
+def _inputs(
+    offsets: Tensor, logits: Tensor, reference_points: Tensor, sizes: list[int], compute: torch.dtype
+) -> tuple[Any, ...]:
+    """offsets, weights, sizes, origins and places, as the loops take them.
 
-
-def _levels(sizes: list[int]) -> Any:
-    """(L, 3) int64: height, width, first token of every level."""
+    The weights are computed here: torch has vectors of exponentials, numba has not.
+    """
+    weights = _whole_lines(logits.detach().to(compute).softmax(-1), compute).numpy()
+    filled = weights.shape[3]
+    references = reference_points.detach().to(compute).flatten(0, 1).contiguous().numpy()
     shapes = np.array(sizes, np.int64).reshape(-1, 2)
     areas = shapes[:, 0] * shapes[:, 1]
-    return np.column_stack([shapes, np.cumsum(areas) - areas])
+    levels = np.column_stack([shapes, np.cumsum(areas) - areas])
+    # Samples that only fill up a line are nowhere: NaN is inside of no map.
+    origins, maps = np.zeros(filled, np.int64), np.ones((2, filled), weights.dtype)
+    places = np.full((len(references), 4, filled), np.nan, weights.dtype)
+    cpu_loops.place_samples(references, levels, offsets.shape[4], maps, origins, places)
+    return _whole_lines(offsets.flatten(3, 4), compute, -2).numpy(), weights, maps, origins, places
+
+
+def _order(reference_points: Tensor) -> Any:
+    """(B * Q,) int64: flat query indices, within each image along bands of the map, to and fro.
+
+    So a query finds in the cache the cells that those before it have read.
+    """
+    batch, queries = reference_points.shape[:2]
+    first = reference_points[:, :, 0].detach().numpy()
+    with np.errstate(invalid="ignore", over="ignore"):  # broken references have no neighbours: any place will do
+        band = np.floor(first[..., 1] * BANDS)
+        along = 2 * band + np.where(band % 2 == 0, first[..., 0], 1 - first[..., 0])
+    nearby = np.argsort(along, kind="stable")
+    return (nearby + queries * np.arange(batch)[:, None]).reshape(-1)
