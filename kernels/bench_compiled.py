@@ -19,8 +19,8 @@ from kernels.compile_check import WARP, Compiled, compile_kernel
 from kernels.deform_attn.triton_backward import ADD_FIXED, ADD_FLOATS, GROUP, deform_attn_backward_kernel
 from kernels.deform_attn.triton_forward import deform_attn_forward_kernel
 from kernels.deform_attn.triton_sampling import SIZES
-from kernels.deform_attn.triton_window import LEAST_CHANNELS, WARPS, deform_attn_window_kernel, precision
-from kernels.deform_attn.tuning import Direction, LaunchShape, rule
+from kernels.deform_attn.triton_window import LEAST_CHANNELS, deform_attn_window_kernel, precision
+from kernels.deform_attn.tuning import Direction, LaunchShape, rule, window_shape
 from kernels.matching.triton_assignment import COLUMNS_PER_WARP, ROWS_AT_ONCE, assignment_kernel
 from kernels.matching.triton_cost import matching_cost_kernel
 
@@ -147,8 +147,10 @@ def compile_window(capability: int, shape: AttentionShape) -> Compiled:
     fixed["BLOCK_SAMPLES"] = triton.next_power_of_2(shape.levels * shape.points)
     fixed["PRECISION"] = precision(DTYPES[shape.dtype].itemsize)
     fixed["BLOCK_CHANNELS"] = max(LEAST_CHANNELS, triton.next_power_of_2(shape.padded()))
+    launch = window_shape(fixed["BLOCK_CHANNELS"] * DTYPES[shape.dtype].itemsize, shape.levels * shape.points)
+    fixed["CELLS"] = launch.cells
     del fixed["BLOCK_QUERIES"], types["queries"]
-    return compile_kernel(deform_attn_window_kernel, types, fixed, capability=capability, warps=WARPS)
+    return compile_kernel(deform_attn_window_kernel, types, fixed, capability=capability, warps=launch.warps)
 
 
 def compile_matcher(capability: int) -> tuple[Compiled, Compiled]:

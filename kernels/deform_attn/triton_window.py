@@ -29,8 +29,9 @@ from kernels.deform_attn.triton_sampling import (
     packed_levels,
     reference_pixels,
 )
+from kernels.deform_attn.tuning import window_shape
 
-TILE, SIDE, CELLS, WARPS = tl.constexpr(8), tl.constexpr(16), tl.constexpr(64), 4
+TILE, SIDE = tl.constexpr(8), tl.constexpr(16)
 LEAST_CHANNELS = 16  # of a matrix product
 
 
@@ -63,6 +64,8 @@ def _add_values(
         triton.cdiv(height, TILE.value) * triton.cdiv(width, TILE.value)
         for height, width in zip(sizes[::2], sizes[1::2], strict=True)
     )
+    block = max(LEAST_CHANNELS, triton.next_power_of_2(sums.shape[3]))
+    shape = window_shape(block * value.dtype.itemsize, levels * points)
     deform_attn_window_kernel[(tiles * levels, heads, batch)](
         *contiguous(grad, offsets, logits, reference_points),
         sums,
@@ -78,9 +81,10 @@ def _add_values(
         ADDING=(ADD_FIXED if fixed else ADD_FLOATS).value,
         COMPUTE=COMPUTE_TYPES.get(value.dtype, tl.float32),
         PRECISION=precision(value.dtype.itemsize),
-        BLOCK_CHANNELS=max(LEAST_CHANNELS, triton.next_power_of_2(sums.shape[3])),
+        BLOCK_CHANNELS=block,
         BLOCK_SAMPLES=triton.next_power_of_2(levels * points),
-        num_warps=WARPS,
+        CELLS=shape.cells,
+        num_warps=shape.warps,
     )
 
 
@@ -137,7 +141,7 @@ def deform_attn_window_kernel(
     grad, offsets, logits, references, sums, fixed_point_scale, tokens, level0, level1, level2, level3, level4,
     HEADS: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr,
     BOX: tl.constexpr, ADDING: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr, BLOCK_SAMPLES: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_SAMPLES: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     SAMPLES: tl.constexpr = LEVELS * POINTS
     STEP: tl.constexpr = HEADS * PADDED

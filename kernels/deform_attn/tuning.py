@@ -23,6 +23,7 @@ WARP, WIDEST_ACCESS, WIDEST_ATOMIC = 32, 16, 4
 SAMPLES_OF_ITS_OWN_ACCORD, REGISTERS_OF_A_THREAD = 16, 255
 # Queries times samples (to the next power of two) of a backward program, above which even all registers do not do.
 MOST_SLOPES = 512
+WIDE_ROW, MANY_SAMPLES = 128, 32  # of the windowed kernel: bytes; samples of one query and head
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,14 @@ class LaunchShape:
     queries: int
     warps: int
     registers: int | None = None
+
+
+@dataclass(frozen=True)
+class WindowShape:
+    """Of the windowed value gradient. cells: of the window, summed at once; warps: of one program."""
+
+    cells: int
+    warps: int
 
 
 # (direction, channels, levels, points, dtype, box) -> a shape that was faster than the rule's when timed on a card.
@@ -57,6 +66,17 @@ def rule(direction: Direction, channels: int, samples: int, dtype: torch.dtype) 
     if direction == "forward" or samples <= SAMPLES_OF_ITS_OWN_ACCORD:
         return LaunchShape(queries, 1)
     return LaunchShape(min(queries, MOST_SLOPES // _power_of_two(samples)), 1, REGISTERS_OF_A_THREAD)
+
+
+def window_shape(row_bytes: int, samples: int) -> WindowShape:
+    """With 64 cells and four warps, wide rows spill for compute capability 8.0, and rows half as wide of many samples.
+
+    row_bytes: of the gradient of one query and head, its channels filled up to the next power of two.
+    samples: of one query and head.
+    """
+    if row_bytes > WIDE_ROW:
+        return WindowShape(cells=32, warps=8)
+    return WindowShape(cells=64, warps=8 if row_bytes == WIDE_ROW and samples > MANY_SAMPLES else 4)
 
 
 def _power_of_two(number: int) -> int:
