@@ -137,7 +137,7 @@ def forward(value: Any, inputs: Any, order: Any, output: Any, start: int, stop: 
                 for corner in range(4):
                     store(corners, corner * lanes, cell[corner])
                     store(shares, corner * lanes, share[corner])
-                # Where the value comes from memory, asking for all of it first saves a quarter of the time.
+                # Where the value comes from memory, asking for all of it first saves about a fifth.
                 todo = bits(inside)
                 while todo:
                     j = lowest(todo)
