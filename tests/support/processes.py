@@ -28,7 +28,7 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
     """
     with tempfile.TemporaryDirectory() as folder:
         content = pickle.dumps((function, arguments))
-        server = _server()
+        server, _ = _server()
         try:
             server.send(Call(world, free_port(), folder, content, dict(os.environ), timeout))
             server.recv()
@@ -40,17 +40,17 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
 
 
 @functools.cache
-def _server() -> Connection:
-    """The other end of a process that forks ranks (`rank_server.py`); it ends when this one does."""
+def _server() -> tuple[Connection, subprocess.Popen[bytes]]:
+    """The line to a process that forks ranks (`rank_server.py`), and that process; it ends when this one does."""
     ours, theirs = multiprocessing.Pipe()
-    subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "tests.support.rank_server", str(theirs.fileno())],
         cwd=ROOT,
         env=os.environ | PROVISION,
         pass_fds=[theirs.fileno()],
     )
     theirs.close()
-    return ours
+    return ours, process
 
 
 def free_port() -> int:
