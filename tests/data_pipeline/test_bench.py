@@ -85,4 +85,4 @@ def test_the_command(packed_scenes: Path, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.slow
 def test_packing_takes_a_bounded_number_of_bytes_per_box() -> None:
     """Of the whole of pack. As dictionaries alone two million boxes would take 750 bytes each."""
-    assert packing_memory(2_000_000) < 450
+    assert packing_memory(2_000_000) < 375
