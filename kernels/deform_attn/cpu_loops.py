@@ -35,6 +35,8 @@ from kernels.deform_attn.lines import (
     whole,
 )
 
+LINES_DIGEST = "91e775806aee93e1"  # first digits of the sha256 of lines.py, see there
+
 # Reordering sums and fusing multiply-adds is allowed. Assuming "no NaN, no infinity" (the rest of fast-math) is left
 # out: comparing with NaN is how broken coordinates are kept out.
 _jit = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})

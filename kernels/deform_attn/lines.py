@@ -5,7 +5,8 @@ down. Code in a numba function works on `Line`s with `+ - * < &` and the functio
 instructions of the machine at hand. Lines of 32-bit integers and of truths have as many lanes as the numbers they
 came from. Indices into arrays count numbers, need no alignment and are not checked.
 
-Numba's cache does not notice changes of this file: touch the file with the loops after one.
+Numba's cache knows the file with the loops and not this one: `cpu_loops.LINES_DIGEST` changes with it, and a test sees
+to that. So whoever gets a new version of this file gets a new file with the loops too, and numba compiles anew.
 """
 
 from __future__ import annotations
