@@ -6,10 +6,12 @@ a buffer, a layer and a head that are used twice, and odd sizes.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from dino_scale.checkpoint.manifest import read_manifest
 from dino_scale.checkpoint.reshard import reshard
 from tests.support.processes import run_ranks
 from tests.support.reshard_matrix import Outcome, Topology, load_all, save_all
@@ -21,6 +23,8 @@ Sources = dict[tuple[int, str], Outcome]  # (workers, folder)
 # way on any number of workers, also on 3, over which DeepSpeed's averaging is no power of two.
 FP32, BF16, ACROSS = 1e-5, 1e-4, 0.02
 
+ROUNDING = 4  # numbers by which a share may be larger: groups and parameters are cut in multiples of the ranks
+
 
 def save_everywhere(root: Path, plan: dict[int, list[Topology]]) -> tuple[Sources, dict[str, str]]:
     """Outcome of every source by its folder, and the precision that each folder was written in."""
@@ -31,7 +35,20 @@ def save_everywhere(root: Path, plan: dict[int, list[Topology]]) -> tuple[Source
         for topology, outcome in results[0].items():
             folder = str(root / str(world) / "{}-{}".format(*topology))
             sources[world, folder], precisions[folder] = outcome, topology[1]
+            require_equal_shares(Path(folder), world)
     return sources, precisions
+
+
+def require_equal_shares(folder: Path, world: int) -> None:
+    """Every rank has written a file of its own, none much more than its share of the numbers."""
+    manifest = read_manifest(folder / "step_00000007")
+    numbers: Counter[str] = Counter()
+    for pieces in manifest.pieces.values():
+        for piece in pieces:
+            numbers[piece.file] += piece.numel
+    assert len(numbers) == world, numbers
+    share = sum(numbers.values()) / world
+    assert max(numbers.values()) <= share + ROUNDING, numbers
 
 
 def require_same_state_and_curve(

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from data_pipeline.loader import deal, microbatches_per_rank
-from data_pipeline.order import SampleStream
+from data_pipeline.order import SampleStream, Stream, WindowedStream
+from data_pipeline.size_order import SizePlannedStream
 from dino_scale.config.schema import BatchConfig, OptimizerConfig
 from launch.plan_cost import reading
 from launch.plan_memory import memory, model_size
@@ -22,9 +23,16 @@ BATCH = BatchConfig(global_size=1024, microbatch=2)
 SAMPLES, PER_SHARD = 10_000, 100
 
 
-def epoch_of(world: int) -> list[list[list[tuple[int, int]]]]:
+def stream_of(order: str) -> Stream:
+    if order == "windowed":
+        return WindowedStream(SAMPLES, 3, lambda: np.arange(SAMPLES) // PER_SHARD)
+    if order == "size_planned":
+        return SizePlannedStream(SAMPLES, 3, BATCH.microbatch, lambda sample, epoch: (60 + sample % 41, 100))
+    return SampleStream(SAMPLES, seed=3)
+
+
+def epoch_of(world: int, stream: Stream) -> list[list[list[tuple[int, int]]]]:
     """Per step of the first epoch (its last batch reaches into the second), the microbatches in rank order."""
-    stream = SampleStream(SAMPLES, seed=3)
     steps = -(-SAMPLES // BATCH.global_size)
     return [
         [microbatch for rank in range(world) for microbatch in deal(stream, BATCH, rank, world, step)]
@@ -32,14 +40,16 @@ def epoch_of(world: int) -> list[list[list[tuple[int, int]]]]:
     ]
 
 
-def test_every_world_size_takes_the_same_steps() -> None:
+@pytest.mark.parametrize("order", ["permutation", "windowed", "size_planned"])
+def test_every_world_size_takes_the_same_steps(order: str) -> None:
     """The same microbatches in the same places of the global batch, each sample of the epoch once."""
-    first = epoch_of(WORLDS[0])
+    stream = stream_of(order)
+    first = epoch_of(WORLDS[0], stream)
     seen = Counter(sample for step in first for microbatch in step for sample, epoch in microbatch if epoch == 0)
     assert seen == Counter(range(SAMPLES))
     assert all(sum(map(len, step)) == BATCH.global_size for step in first)
     for world in WORLDS[1:]:
-        assert epoch_of(world) == first
+        assert epoch_of(world, stream) == first
 
 
 @pytest.mark.parametrize("world", WORLDS)
