@@ -6,13 +6,22 @@ dozen steps; the slow proof has all of them and fifty steps, and writes down wha
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
 
+from dino_scale.config.schema import BackboneConfig
 from tests.support import trajectory
-from tests.support.trajectory import Topology, different_bits, largest_change, loss_difference, run_all
+from tests.support.trajectory import (
+    Topology,
+    different_bits,
+    largest_change,
+    loss_difference,
+    loss_differences,
+    run_all,
+)
 
 STEPS, WHOLE = 12, 50
 ALONE = Topology(workers=1, zero_stage=0)
@@ -88,3 +97,29 @@ def test_every_topology_follows_one_trajectory(whole: dict[Topology, list[Path]]
         assert weights < WEIGHT_TOLERANCE, topology
         assert trajectory.losses(run) == trajectory.losses(again), topology
         assert different_bits(trajectory.weights(run), trajectory.weights(again)) == [], topology
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("backbone", [trajectory.SWIN, trajectory.CONVNEXT], ids=["swin", "convnext"])
+def test_other_backbones_see_the_same_and_repeat_bit_by_bit(
+    backbone: BackboneConfig, shards: Path, tmp_path: Path
+) -> None:
+    """How far their losses drift apart between topologies is printed, not promised: docs/determinism.md."""
+    model = replace(trajectory.MODEL, backbone=backbone)
+    expected = trajectory.expected_samples(shards, WHOLE)
+    runs = {}
+    for name, topology, loader_workers in (
+        ("alone", ALONE, 0),
+        ("two", Topology(workers=2, zero_stage=2), 0),
+        ("again", Topology(workers=2, zero_stage=2), 2),
+    ):
+        [runs[name]] = run_all(shards, tmp_path / name, [topology], loader_workers, WHOLE, model)
+        assert trajectory.samples(runs[name]) == expected
+    drift = loss_differences(runs["two"], runs["alone"])
+    beyond = sum(difference > LOSS_TOLERANCE for difference in drift)
+    weights = largest_change(runs["two"], runs["alone"])
+    print(f"{backbone.name}: losses within {max(drift):.1e}, {beyond} steps beyond, weights within {weights:.1e}")
+    assert drift[0] < LOSS_TOLERANCE, "before anything was learned nothing can have drifted"
+    assert trajectory.losses(runs["two"]) == trajectory.losses(runs["again"])
+    assert different_bits(trajectory.weights(runs["two"]), trajectory.weights(runs["again"])) == []

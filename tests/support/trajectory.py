@@ -60,6 +60,16 @@ MODEL = ModelConfig(
     dropout=0.05,
     denoising=DenoisingConfig(queries=6),
 )
+# Transformers as backbones, randomly initialised.
+_AS_TIMM_HAS_IT: dict[str, Any] = {"outputs": (1, 2, 3), "norm": "native", "frozen_stages": 0, "drop_path": 0.2}
+SWIN = BackboneConfig(
+    name="swin_tiny_patch4_window7_224",
+    arguments={"embed_dim": 16, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 2, 4]},
+    **_AS_TIMM_HAS_IT,
+)
+CONVNEXT = BackboneConfig(
+    name="convnext_atto", arguments={"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}, **_AS_TIMM_HAS_IT
+)
 STAGE_CONFIG = StageConfig(
     augmentation=AugmentationConfig(
         scales=(64, 72, 80), max_size=96, crop=0.5, crop_resize=(72, 80), crop_min=48, crop_max=72
@@ -85,7 +95,9 @@ def pack_pictures(folder: Path) -> Path:
     return folder / "shards"
 
 
-def chain(shards: Path, zero_stage: int, loader_workers: int, steps: int, **changes: Any) -> ChainConfig:
+def chain(
+    shards: Path, zero_stage: int, loader_workers: int, steps: int, model: ModelConfig = MODEL, **changes: Any
+) -> ChainConfig:
     """A chain of one stage. changes: of STAGE_CONFIG."""
     stage = replace(
         STAGE_CONFIG,
@@ -94,7 +106,7 @@ def chain(shards: Path, zero_stage: int, loader_workers: int, steps: int, **chan
         zero_stage=zero_stage,
         **changes,
     )
-    return ChainConfig(seed=SEED, model=MODEL, launch=LaunchConfig(engine="local"), stages={STAGE: stage})
+    return ChainConfig(seed=SEED, model=model, launch=LaunchConfig(engine="local"), stages={STAGE: stage})
 
 
 @dataclass(frozen=True)
@@ -105,12 +117,19 @@ class Topology:
     zero_stage: int
 
 
-def run_all(shards: Path, folder: Path, topologies: Sequence[Topology], loader_workers: int, steps: int) -> list[Path]:
+def run_all(
+    shards: Path,
+    folder: Path,
+    topologies: Sequence[Topology],
+    loader_workers: int,
+    steps: int,
+    model: ModelConfig = MODEL,
+) -> list[Path]:
     """Run folders of runs that have the number of workers in common, one after the other in the same processes."""
     [workers] = {topology.workers for topology in topologies}
     runs = [folder / f"zero{topology.zero_stage}" for topology in topologies]
     jobs = [
-        StageJob(str(run), STAGE, chain(shards, topology.zero_stage, loader_workers, steps))
+        StageJob(str(run), STAGE, chain(shards, topology.zero_stage, loader_workers, steps, model))
         for run, topology in zip(runs, topologies, strict=True)
     ]
     run_ranks(_train, workers, jobs, timeout=900)
@@ -177,9 +196,14 @@ def state(run: Path, kind: str) -> dict[str, Tensor]:
     return read_whole(list_checkpoints(run / STAGE / "checkpoints")[-1], kind)
 
 
+def loss_differences(run: Path, reference: Path) -> list[float]:
+    """Relative difference of the losses of every step."""
+    return [abs(one - two) / abs(two) for one, two in zip(losses(run), losses(reference), strict=True)]
+
+
 def loss_difference(run: Path, reference: Path) -> float:
-    """Largest relative difference of the losses of a step."""
-    return max(abs(one - two) / abs(two) for one, two in zip(losses(run), losses(reference), strict=True))
+    """The largest of them."""
+    return max(loss_differences(run, reference))
 
 
 def largest_change(run: Path, reference: Path) -> float:
