@@ -150,7 +150,7 @@ def check_play(packed: Path, reference_of: Reference, play: tuple[StreamMode, Sh
     assert steps[0] + steps[1] == reference_of(order, before.microbatch)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(play=plays())
 @example(play=("windowed", Sharing(2, 4, 2), Sharing(1, 16, 1), 3))
 @example(play=("size_planned", Sharing(4, 2, 1), Sharing(2, 2, 2), 7))
@@ -159,7 +159,7 @@ def test_any_topology_and_any_stop_give_the_same_steps(packed_scenes, reference_
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(play=plays())
 def test_very_many_topologies_and_stops_give_the_same_steps(packed_scenes, reference_of, play) -> None:
     check_play(packed_scenes, reference_of, play)
