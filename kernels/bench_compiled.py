@@ -45,8 +45,8 @@ class AttentionShape:
         kind = "4-d" if self.box else "2-d"
         return f"{HEADS} heads, {self.channels} channels, {self.levels} levels, {self.points} points, {kind}"
 
-    def launch(self, direction: Direction) -> LaunchShape:
-        return rule(direction, self.channels, self.levels * self.points, DTYPES[self.dtype])
+    def launch(self, direction: Direction, fixed: bool = False) -> LaunchShape:
+        return rule(direction, self.channels, self.levels * self.points, DTYPES[self.dtype], fixed)
 
     def padded(self) -> int:
         return -(-self.channels // GROUP) * GROUP
@@ -129,7 +129,8 @@ def compile_backward(capability: int, shape: AttentionShape, deterministic: bool
     fixed = shape.constants("backward")
     fixed |= {"PADDED": shape.padded(), "ADDING": (ADD_FIXED if deterministic else ADD_FLOATS).value}
     fixed["BLOCK_SAMPLES"] = triton.next_power_of_2(shape.levels * shape.points)
-    launch = shape.launch("backward")
+    launch = shape.launch("backward", deterministic)
+    fixed["BLOCK_QUERIES"] = launch.queries
     return compile_kernel(
         deform_attn_backward_kernel,
         types,

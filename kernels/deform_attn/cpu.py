@@ -63,10 +63,12 @@ def backward(
     head_step, cell_step = (tokens * row, row) if by_head else (row, heads * row)
     inputs = _inputs(offsets, logits, reference_points, sizes, compute)
     # A head owns its part of the value gradient, so ranges of (image, head) never write the same cell.
+    # The loops have read offsets and weights of a sample before they write its gradients, which may take their place.
+    copied = offsets.dtype != compute  # otherwise they may be the caller's own
     gradients = (
         torch.zeros_like(rows),
-        torch.empty(inputs[0].shape, dtype=compute),
-        torch.empty(inputs[1].shape, dtype=compute),
+        torch.from_numpy(inputs[0]) if copied else torch.empty(inputs[0].shape, dtype=compute),
+        torch.from_numpy(inputs[1]),
     )
     run = functools.partial(
         cpu_loops.backward,
@@ -90,7 +92,7 @@ def _compute_dtype(value: Tensor) -> torch.dtype:
 
 def _whole_lines(tensor: Tensor, compute: torch.dtype, dim: int = -1) -> Tensor:
     """Contiguous, in the dtype of the loops, its dimension `dim` filled up with zeros to whole lines of numbers."""
-    tensor = tensor.detach().to(compute)
+    tensor = tensor.detach().to(compute, memory_format=torch.contiguous_format)  # one copy, also of a transposed one
     missing = -tensor.shape[dim] % (LINE_BYTES // compute.itemsize)
     if missing:
         tensor = torch.cat([tensor, tensor.new_zeros(*tensor.shape[:dim], missing, *tensor.shape[dim:][1:])], dim)

@@ -68,7 +68,7 @@ def backward(
         add_values(grad, value, offsets, logits, reference_points, sizes, sums, scale, fixed)
         adding = ADD_NOTHING.value
     box = reference_points.shape[3] == 4
-    shape = launch_shape("backward", channels, levels, points, value.dtype, box)
+    shape = launch_shape("backward", channels, levels, points, value.dtype, box, fixed)
     deform_attn_backward_kernel[(triton.cdiv(queries, shape.queries), heads, batch)](
         *contiguous(grad, value, offsets, logits, reference_points),
         sums,

@@ -50,20 +50,21 @@ TIMED: dict[tuple[Direction, int, int, int, torch.dtype, bool], LaunchShape] = {
 
 
 def launch_shape(
-    direction: Direction, channels: int, levels: int, points: int, dtype: torch.dtype, box: bool
+    direction: Direction, channels: int, levels: int, points: int, dtype: torch.dtype, box: bool, fixed: bool = False
 ) -> LaunchShape:
-    timed = TIMED.get((direction, channels, levels, points, dtype, box))
-    return timed or rule(direction, channels, levels * points, dtype)
+    """fixed: sums in fixed point."""
+    timed = None if fixed else TIMED.get((direction, channels, levels, points, dtype, box))
+    return timed or rule(direction, channels, levels * points, dtype, fixed)
 
 
-def rule(direction: Direction, channels: int, samples: int, dtype: torch.dtype) -> LaunchShape:
-    """samples: of one query and head."""
+def rule(direction: Direction, channels: int, samples: int, dtype: torch.dtype, fixed: bool = False) -> LaunchShape:
+    """samples: of one query and head. fixed: sums in fixed point, whose integers take twice the registers."""
     # Rows of an odd head size begin anywhere; one instruction loads as much of them as is always aligned. The rows that
     # the backward kernel adds to are padded.
     loaded = min(WIDEST_ACCESS // dtype.itemsize, channels & -channels)
     width = WIDEST_ATOMIC if direction == "backward" else loaded
     queries = max(1, WARP * width // _power_of_two(max(channels, width)))
-    if direction == "forward" or samples <= SAMPLES_OF_ITS_OWN_ACCORD:
+    if direction == "forward" or (samples <= SAMPLES_OF_ITS_OWN_ACCORD and not fixed):
         return LaunchShape(queries, 1)
     return LaunchShape(min(queries, MOST_SLOPES // _power_of_two(samples)), 1, REGISTERS_OF_A_THREAD)
 
