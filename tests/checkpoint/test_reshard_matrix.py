@@ -23,7 +23,7 @@ Sources = dict[tuple[int, str], Outcome]  # (workers, folder)
 # way on any number of workers, also on 3, over which DeepSpeed's averaging is no power of two.
 FP32, BF16, ACROSS = 1e-5, 1e-4, 0.02
 
-ROUNDING = 4  # numbers by which a share may be larger: groups and parameters are cut in multiples of the ranks
+ROUNDING = 8  # numbers by which a share may be larger: groups and parameters are cut in multiples of the ranks
 
 
 def save_everywhere(root: Path, plan: dict[int, list[Topology]]) -> tuple[Sources, dict[str, str]]:
